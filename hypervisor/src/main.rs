@@ -1,0 +1,3 @@
+//! Placeholder until the first commit of this crate.
+
+fn main() {}

@@ -1,0 +1,22 @@
+//! The agent's service and messages, generated from `proto/agent.proto`, which documents them.
+
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    unknown_lints,
+    unused,
+    rustdoc::all
+)]
+mod generated {
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+    pub mod agent_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
+}
+
+pub use generated::agent::*;
+pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
