@@ -5,7 +5,7 @@
     clippy::all,
     clippy::pedantic,
     clippy::restriction,
-    unknown_lints,
+    nonstandard_style,
     unused,
     rustdoc::all
 )]
