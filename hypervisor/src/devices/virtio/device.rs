@@ -1,0 +1,84 @@
+//! What a virtio device is, whatever its transport.
+//!
+//! A device is a state struct. Its worker thread calls [`VirtioDevice::on_queue`] and [`VirtioDevice::on_event`]; a
+//! transport calls the rest from the vCPU that touched a register. Both hold the device's lock, so no method may wait
+//! for anything but a bounded amount of its own work. Everything read from a queue or written to the configuration
+//! space comes from a hostile guest.
+
+use virtio_queue::Queue;
+
+use super::Interrupt;
+use crate::event_loop::{Readiness, Registrar};
+use crate::memory::GuestRam;
+
+/// Why a device could not be started. The transport answers with `DEVICE_NEEDS_RESET`.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivationError {
+    /// The driver enabled fewer queues than the device needs.
+    #[error("the driver enabled {enabled} queues where the device needs {needed}")]
+    MissingQueues {
+        /// Queues that are ready.
+        enabled: usize,
+        /// Queues that the device has.
+        needed: usize,
+    },
+    /// The host refused a resource.
+    #[error("the host refused a resource of the device")]
+    Host(#[source] std::io::Error),
+}
+
+/// What a device gets when its driver sets `DRIVER_OK`.
+pub struct Activation {
+    /// Guest RAM, the only memory that a descriptor may name.
+    pub memory: GuestRam,
+    /// The queues, validated and ready, in the device's order. Their configuration never changes again before a reset.
+    pub queues: Vec<Queue>,
+    /// Features the driver accepted, a subset of those offered.
+    pub features: u64,
+    /// How the device interrupts the guest.
+    pub interrupt: Interrupt,
+    /// Where the device registers descriptors of its own, for [`VirtioDevice::on_event`].
+    pub registrar: Registrar,
+}
+
+/// A virtio device (virtio 1.2, section 2 and the device's own section 5.x).
+pub trait VirtioDevice: Send {
+    /// Device type id (virtio 1.2, section 5).
+    fn device_type(&self) -> u32;
+
+    /// Name for logs and statistics, such as `blk0`.
+    fn name(&self) -> &str;
+
+    /// The largest size of each queue, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits offered, device-specific ones and ring features the device handles (`EVENT_IDX`, `INDIRECT_DESC`).
+    /// The transport adds `VERSION_1`.
+    fn features(&self) -> u64;
+
+    /// Reads the configuration space; bytes past its end read as 0.
+    fn read_config(&self, offset: u32, data: &mut [u8]);
+
+    /// Writes the configuration space; most devices have nothing to write there.
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
+
+    /// The driver has set `DRIVER_OK`. Called at most once between resets.
+    ///
+    /// # Errors
+    /// The device stays inactive.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
+
+    /// Back to the state before [`VirtioDevice::activate`]: no guest memory is touched any more, descriptors are
+    /// taken out of the event loop.
+    fn reset(&mut self);
+
+    /// The driver has rung the doorbell of a queue.
+    fn on_queue(&mut self, index: usize);
+
+    /// A descriptor that the device registered is ready. `token` is what the device gave at registration.
+    fn on_event(&mut self, _token: u32, _readiness: Readiness) {}
+
+    /// Counters for [`vmshim_protocol::control::Statistics`].
+    fn statistics(&self) -> vmshim_protocol::control::DeviceStatistics;
+}
+
