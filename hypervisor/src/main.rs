@@ -1,3 +1,3 @@
-//! Placeholder until the first commit of this crate.
+//! The VMM's process.
 
 fn main() {}

@@ -81,4 +81,3 @@ pub trait VirtioDevice: Send {
     /// Counters for [`vmshim_protocol::control::Statistics`].
     fn statistics(&self) -> vmshim_protocol::control::DeviceStatistics;
 }
-

@@ -1,0 +1,1 @@
+//! virtio-vsock in user space, with the hybrid Unix socket protocol on the host side.
