@@ -1,0 +1,115 @@
+//! Signals, and what is left when one of our own processes is killed.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::fixture::host;
+
+/// The processes of a container's pod whose command line has a word in it.
+fn processes(word: &str) -> Vec<Pid> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&command).contains(word) {
+            found.push(Pid::from_raw(pid));
+        }
+    }
+    found
+}
+
+fn wait_for(what: &str, deadline: Duration, mut met: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !met() {
+        assert!(started.elapsed() < deadline, "{what} did not come within {deadline:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn signals_reach_the_init() {
+    let host = host();
+    {
+        let container = host.background(&[]);
+        host.ctr_ok(["task", "kill", "--signal", "SIGKILL", &container.id]).unwrap();
+        wait_for("the stop", Duration::from_secs(10), || container.status() == "STOPPED");
+        let output = host.ctr(["task", "rm", &container.id]).output().unwrap();
+        assert_eq!(output.status.code(), Some(137));
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn the_pid_lives_as_long_as_the_task() {
+    let host = host();
+    let pid;
+    {
+        let container = host.background(&[]);
+        pid = container.pid();
+        assert!(fs::exists(format!("/proc/{pid}")).unwrap());
+    }
+    assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_vmm_stops_the_task_within_a_second() {
+    let host = host();
+    {
+        let container = host.background(&[]);
+        for vmm in processes("vmshim-vmm") {
+            kill(vmm, Signal::SIGKILL).unwrap();
+        }
+        wait_for("the task's exit", Duration::from_secs(1), || host.log().contains("/tasks/exit"));
+        wait_for("the stop", Duration::from_secs(5), || container.status() == "STOPPED");
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_leaves_nothing() {
+    let host = host();
+    {
+        let container = host.background(&[]);
+        for shim in processes("containerd-shim-vmshim-v2") {
+            kill(shim, Signal::SIGKILL).unwrap();
+        }
+        wait_for("the task's end", Duration::from_secs(10), || {
+            !host.ctr_ok(["task", "ls"]).unwrap().contains(&format!("{} ", container.id))
+        });
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_and_vmm_leave_nothing() {
+    let host = host();
+    {
+        let container = host.background(&[]);
+        for word in ["containerd-shim-vmshim-v2", "vmshim-vmm"] {
+            for process in processes(word) {
+                // The VMM may have followed its shim already.
+                let _ = kill(process, Signal::SIGKILL);
+            }
+        }
+        wait_for("the task's end", Duration::from_secs(10), || {
+            !host.ctr_ok(["task", "ls"]).unwrap().contains(&format!("{} ", container.id))
+        });
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_panicking_guest_is_told_with_its_last_words() {
+    let host = host();
+    {
+        let container = host.background(&["--privileged"]);
+        container.exec("crash", &["sh", "-c", "echo c > /proc/sysrq-trigger"]);
+        wait_for("the stop", Duration::from_secs(10), || container.status() == "STOPPED");
+        assert!(host.log().contains("sysrq triggered crash"), "the console's last lines are not in the log");
+    }
+    host.assert_nothing_left();
+}

@@ -1,0 +1,20 @@
+//! End-to-end tests: `ctr` against a real containerd, our shim, our VMM and our agent, as root on a host with KVM.
+//!
+//! `scripts/test` runs them in the test host, with these variables:
+//! * `VMSHIM_TEST_CONTAINERD`: the directory of containerd's programs, with runc,
+//! * `VMSHIM_TEST_IMAGES`: a directory with `busybox.tar` and `debian.tar`,
+//! * `VMSHIM_TEST_DIR`: a scratch directory on which overlayfs can have its upper directories.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod bad_input;
+mod exec;
+mod fixture;
+mod images;
+mod isolation;
+mod kill;
+mod limits;
+mod run;
+mod shim;
+mod stdio;
+mod terminal;

@@ -1,0 +1,195 @@
+//! A containerd of the tests' own, with its root, state and socket in one directory.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::image;
+
+/// The runtime under test.
+pub const VMSHIM: &str = "io.containerd.vmshim.v2";
+
+/// The runtime it is held against.
+pub const RUNC: &str = "io.containerd.runc.v2";
+
+/// How long the daemon may take to answer after its start.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A running daemon, killed when dropped.
+#[derive(Debug)]
+pub struct Containerd {
+    directory: PathBuf,
+    programs: PathBuf,
+    daemon: Child,
+}
+
+impl Containerd {
+    /// Starts the containerd whose programs lie in `programs`, with everything it keeps below `directory`.
+    ///
+    /// # Errors
+    /// When it can't be started or doesn't answer; with the end of its log.
+    pub fn start(programs: &Path, directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory)?;
+        let blockfile = directory.join("blockfile");
+        fs::create_dir_all(&blockfile)?;
+        let scratch = blockfile.join("scratch.ext4");
+        if !scratch.exists() {
+            image::make_ext4(&scratch, 256 << 20)?;
+        }
+        fs::write(directory.join("config.toml"), configuration(directory))?;
+        let daemon = spawn(programs, directory)?;
+        let this = Self { directory: directory.to_owned(), programs: programs.to_owned(), daemon };
+        this.wait_until_serving()?;
+        Ok(this)
+    }
+
+    /// Kills the daemon with SIGKILL and starts it anew over the same state, as after a crash or an upgrade to the
+    /// version in `programs`.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn restart(&mut self, programs: &Path) -> Result<()> {
+        self.daemon.kill()?;
+        self.daemon.wait()?;
+        self.programs = programs.to_owned();
+        self.daemon = spawn(programs, &self.directory)?;
+        self.wait_until_serving()
+    }
+
+    /// Where the daemon keeps everything.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The daemon's socket.
+    pub fn address(&self) -> PathBuf {
+        self.directory.join("containerd.sock")
+    }
+
+    /// The directory of a container's bundle.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.directory.join("state/io.containerd.runtime.v2.task/default").join(id)
+    }
+
+    /// What the daemon and, through it, the shims have logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.join("log")).unwrap_or_default()
+    }
+
+    /// `ctr` of the daemon's own version, to be given its arguments.
+    pub fn ctr<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Command {
+        let mut command = Command::new(self.programs.join("ctr"));
+        command.arg("--address").arg(self.address()).args(arguments);
+        command
+    }
+
+    /// Runs `ctr` to its end.
+    ///
+    /// # Errors
+    /// When it can't be started, or exits with other than 0.
+    pub fn ctr_ok<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Result<String> {
+        let output = self.ctr(arguments).stdin(Stdio::null()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "ctr failed: {}: {text}{errors}", output.status);
+        Ok(text)
+    }
+
+    /// `ctr run --rm` of an image with a runtime on a snapshotter, without standard input.
+    ///
+    /// # Errors
+    /// When `ctr` can't be started.
+    pub fn run(&self, options: &[&str], image: &str, id: &str, command: &[&str]) -> Result<Output> {
+        let mut arguments = vec!["run", "--rm", "--runtime", VMSHIM];
+        arguments.extend(options);
+        arguments.extend([image, id]);
+        arguments.extend(command);
+        Ok(self.ctr(arguments).stdin(Stdio::null()).output()?)
+    }
+
+    /// Imports an OCI archive for a snapshotter, once.
+    ///
+    /// # Errors
+    /// When `ctr` refuses it.
+    pub fn import(&self, archive: &Path, snapshotter: &str) -> Result<()> {
+        let archive = archive.to_str().context("the archive's path is not UTF-8")?;
+        self.ctr_ok(["image", "import", "--snapshotter", snapshotter, archive])?;
+        Ok(())
+    }
+
+    fn wait_until_serving(&self) -> Result<()> {
+        // The daemon tells nobody when it is ready, so this is the one place that has to ask again.
+        let started = Instant::now();
+        while started.elapsed() < START_DEADLINE {
+            if self.address().exists() && self.ctr_ok(["version"]).is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("containerd does not answer: {}", tail(&self.log()))
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // An error means that it is gone already.
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+fn spawn(programs: &Path, directory: &Path) -> Result<Child> {
+    let log = fs::File::options().create(true).append(true).open(directory.join("log"))?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(programs.join("containerd"));
+    command
+        .arg("--config")
+        .arg(directory.join("config.toml"))
+        .args(["--log-level", "debug"])
+        .env("PATH", format!("{}:/usr/local/bin:/usr/local/sbin:{path}", programs.display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    command.spawn().with_context(|| format!("cannot start containerd from {}", programs.display()))
+}
+
+fn configuration(directory: &Path) -> String {
+    let directory = directory.display();
+    format!(
+        r#"version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = "{directory}/containerd.sock"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "{directory}/blockfile/root"
+  scratch_file = "{directory}/blockfile/scratch.ext4"
+  fs_type = "ext4"
+  mount_options = []
+  recreate_scratch = true
+"#
+    )
+}
+
+/// The last lines of a log.
+pub fn tail(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(30)..].join("\n")
+}
+
+/// Reads a stream to its end and returns its digest and length.
+///
+/// # Errors
+/// When reading fails.
+pub fn digest(mut stream: impl Read) -> Result<(String, u64)> {
+    use sha2::{Digest, Sha256};
+    let mut hasher = Sha256::new();
+    let length = std::io::copy(&mut stream, &mut hasher)?;
+    Ok((format!("{:x}", hasher.finalize()), length))
+}
