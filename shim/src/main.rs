@@ -1,3 +1,3 @@
-//! Placeholder until the first commit of this crate.
+//! containerd runtime shim.
 
 fn main() {}
