@@ -76,6 +76,21 @@ impl Containerd {
         self.directory.join("state/io.containerd.runtime.v2.task/default").join(id)
     }
 
+    /// The daemon's name and version.
+    ///
+    /// # Errors
+    /// When its program can't be run.
+    pub fn version(&self) -> Result<String> {
+        let output = Command::new(self.programs.join("containerd")).arg("--version").output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(text
+            .split_whitespace()
+            .filter(|word| !word.starts_with("github.com"))
+            .take(2)
+            .collect::<Vec<_>>()
+            .join(" "))
+    }
+
     /// What the daemon and, through it, the shims have logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.join("log")).unwrap_or_default()

@@ -2,6 +2,8 @@
 //!
 //! Everything here runs as root on a host with KVM that is thrown away afterwards (`scripts/test-host`).
 
+pub mod bench;
 pub mod census;
 pub mod containerd;
 pub mod image;
+pub mod timeline;

@@ -1,0 +1,146 @@
+//! From `ctr`'s start to its end.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::report::{Figure, Limit, Report, Row};
+use super::{IMAGE, Plan};
+use crate::containerd::{RUNC, VMSHIM, tail};
+use crate::timeline::Timeline;
+
+/// Where a run is given up as hung, in the host's time.
+const HANG: Duration = Duration::from_secs(30);
+
+/// Runs given up in a row before the benchmark gives up.
+const MOST_HUNG: usize = 5;
+
+/// Cold `ctr run --rm … true` of both runtimes in turn, with the phases of ours.
+pub fn cold_run(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
+    let (mut ours, mut theirs, mut hung) = (Vec::new(), Vec::new(), 0);
+    let mut phases: Vec<Vec<(&'static str, f64)>> = Vec::new();
+    for run in 0..=plan.runs {
+        let runc =
+            timed(plan, "runc", &["run", "--rm", "--runtime", RUNC, IMAGE, &format!("r{run}"), "true"])?;
+        let log_length = plan.daemon.log().len();
+        let elapsed = loop {
+            let id = format!("v{run}-{hung}");
+            match timed(plan, "vmshim", &["run", "--rm", "--runtime", VMSHIM, IMAGE, &id, "true"])? {
+                Some(elapsed) => break elapsed,
+                None => {
+                    hung += 1;
+                    clear(plan, &id);
+                    ensure!(hung < MOST_HUNG, "{hung} runs hung: {}", tail(&plan.daemon.log()));
+                }
+            }
+        };
+        // The first run of each pays for what later ones find in the page cache.
+        if run == 0 {
+            continue;
+        }
+        theirs.push(runc.context("runc hung")?);
+        ours.push(elapsed);
+        phases.extend(Timeline::last_in(&plan.daemon.log()[log_length..]).map(|timeline| timeline.phases()));
+    }
+    report.rows.push(Row {
+        name: "ctr run --rm true".into(),
+        unit: "ms",
+        vmshim: Figure::of(ours).context("no run")?,
+        runc: Figure::of(theirs),
+        limit: Some(Limit::AtMost(1.6)),
+        hung,
+    });
+    report.rows.extend(phase_rows(&phases));
+    Ok(())
+}
+
+fn phase_rows(runs: &[Vec<(&'static str, f64)>]) -> Vec<Row> {
+    let Some(first) = runs.first() else { return Vec::new() };
+    let figures = first.iter().enumerate().filter_map(|(index, (name, _))| {
+        let values = runs.iter().filter_map(|run| run.get(index).map(|(_, value)| *value)).collect();
+        Figure::of(values).map(|vmshim| (*name, vmshim))
+    });
+    figures
+        .map(|(name, vmshim)| Row {
+            name: format!("  {name}"),
+            unit: "ms",
+            vmshim,
+            runc: None,
+            limit: None,
+            hung: 0,
+        })
+        .collect()
+}
+
+/// `ctr task exec … true` in a running container of each runtime.
+pub fn exec(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
+    let mut figures = Vec::new();
+    for (runtime, id) in [(VMSHIM, "exec-vmshim"), (RUNC, "exec-runc")] {
+        plan.daemon.ctr_ok(["run", "--detach", "--runtime", runtime, IMAGE, id, "sleep", "100000"])?;
+        let mut values = Vec::new();
+        for run in 0..=plan.runs {
+            let exec = format!("e{run}");
+            let elapsed = timed(plan, id, &["task", "exec", "--exec-id", &exec, id, "true"])?;
+            if run > 0 {
+                values.push(elapsed.context("an exec hung")?);
+            }
+        }
+        figures.push(Figure::of(values).context("no run")?);
+        clear(plan, id);
+    }
+    let runc = figures.pop();
+    let vmshim = figures.pop().context("no figure")?;
+    report.rows.push(Row {
+        name: "ctr task exec true".into(),
+        unit: "ms",
+        vmshim,
+        runc,
+        limit: None,
+        hung: 0,
+    });
+    Ok(())
+}
+
+/// Milliseconds of one call of `ctr`; `None` when it hung.
+fn timed(plan: &Plan<'_>, what: &str, arguments: &[&str]) -> Result<Option<f64>> {
+    let mut command = plan.daemon.ctr(arguments);
+    let started = Instant::now();
+    let Some((success, errors)) = bounded(&mut command, HANG)? else { return Ok(None) };
+    let elapsed = started.elapsed();
+    ensure!(success, "{what}: {errors}");
+    Ok(Some(elapsed.as_secs_f64() * 1000.0))
+}
+
+/// Runs a command that prints nothing of interest; `None` when it had to be killed.
+fn bounded(command: &mut Command, limit: Duration) -> Result<Option<(bool, String)>> {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let pid = Pid::from_raw(child.id().try_into()?);
+    let (done, waiting) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || done.send(finish(child)));
+    let outcome = waiting.recv_timeout(limit);
+    if outcome.is_err() {
+        kill(pid, Signal::SIGKILL)?;
+    }
+    if waiter.join().is_err() {
+        bail!("the thread that waits for ctr failed");
+    }
+    match outcome {
+        Ok(result) => result.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+fn finish(child: Child) -> Result<(bool, String)> {
+    let output = child.wait_with_output()?;
+    Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+/// Removes a container in whatever state it is.
+pub fn clear(plan: &Plan<'_>, id: &str) {
+    // Either may be gone already; what is left shows in the next run.
+    let _ = plan.daemon.ctr(["task", "rm", "--force", id]).output();
+    let _ = plan.daemon.ctr(["container", "rm", id]).output();
+}

@@ -1,0 +1,99 @@
+//! Runs the benchmark inside the test host; `scripts/bench` is the way to call it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use vmshim_tests::bench::{self, Plan, ROWS, Report};
+use vmshim_tests::containerd::Containerd;
+
+const HELP: &str = "\
+Usage: bench --containerd DIR --image TAR --scratch DIR [--mode NAME] [--runs N] [--stream-mib N] [--json FILE] [ROW…]
+Measures vmshim beside runc. Rows: run exec memory stdio size; all where none is named.
+Exit code: 0 when every limit is kept, 1 when one is missed or a measurement failed, 2 on wrong usage.";
+
+struct Arguments {
+    containerd: PathBuf,
+    image: PathBuf,
+    scratch: PathBuf,
+    mode: String,
+    runs: usize,
+    stream_mib: u64,
+    json: Option<PathBuf>,
+    rows: Vec<String>,
+}
+
+fn arguments() -> Result<Arguments> {
+    let (mut containerd, mut image, mut scratch, mut json) = (None, None, None, None);
+    let (mut mode, mut runs, mut stream_mib, mut rows) = ("hardware".to_owned(), 10, 256, Vec::new());
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match word.as_str() {
+            "--containerd" => containerd = Some(value()?.into()),
+            "--image" => image = Some(value()?.into()),
+            "--scratch" => scratch = Some(value()?.into()),
+            "--json" => json = Some(value()?.into()),
+            "--mode" => mode = value()?,
+            "--runs" => runs = value()?.parse().context("--runs takes a number")?,
+            "--stream-mib" => stream_mib = value()?.parse().context("--stream-mib takes a number")?,
+            row if ROWS.contains(&row) => rows.push(word),
+            other => bail!("{other:?} is neither an option nor a row"),
+        }
+    }
+    if rows.is_empty() {
+        rows = ROWS.map(str::to_owned).to_vec();
+    }
+    Ok(Arguments {
+        containerd: containerd.context("--containerd is missing")?,
+        image: image.context("--image is missing")?,
+        scratch: scratch.context("--scratch is missing")?,
+        mode,
+        runs,
+        stream_mib,
+        json,
+        rows,
+    })
+}
+
+fn run(arguments: &Arguments) -> Result<bool> {
+    let daemon = Containerd::start(&arguments.containerd, &arguments.scratch)?;
+    daemon.import(&arguments.image, "overlayfs")?;
+    let plan = Plan {
+        daemon: &daemon,
+        runs: arguments.runs,
+        stream_bytes: arguments.stream_mib << 20,
+        prefix: Path::new("/usr/local"),
+    };
+    let mut report = Report {
+        mode: arguments.mode.clone(),
+        containerd: daemon.version()?,
+        host_kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        rows: Vec::new(),
+    };
+    let measured = bench::measure(&plan, &arguments.rows, &mut report);
+    print!("{}", report.table());
+    if let Some(path) = &arguments.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
+    }
+    measured?;
+    Ok(report.rows.iter().all(|row| row.met() != Some(false)))
+}
+
+fn main() {
+    if std::env::args().any(|word| word == "--help") {
+        println!("{HELP}");
+        return;
+    }
+    let arguments = arguments().unwrap_or_else(|error| {
+        eprintln!("bench: {error:#}\n{HELP}");
+        std::process::exit(2)
+    });
+    match run(&arguments) {
+        Ok(true) => {}
+        Ok(false) => std::process::exit(1),
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            std::process::exit(1)
+        }
+    }
+}
