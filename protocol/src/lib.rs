@@ -3,10 +3,12 @@
 //! * [`agent`] (feature `agent`): the ttrpc service of the guest's first process, generated from `proto/agent.proto`.
 //! * [`control`] (feature `control`): requests, replies and events between the shim and the VMM, with the file
 //!   descriptors that travel along.
+//! * [`power`]: how a guest ends its machine.
 //! * [`vsock`]: the port numbers that host and guest agree on.
 
 #[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "control")]
 pub mod control;
+pub mod power;
 pub mod vsock;
