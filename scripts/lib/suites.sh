@@ -31,14 +31,18 @@ suite_apt() {
   DEBIAN_FRONTEND=noninteractive "${apt[@]}" "$@"
 }
 
-# unpack_deb SUITE PACKAGE DIR: PACKAGE as SUITE has it, unpacked into DIR.
-unpack_deb() {
-  local suite=$1 package=$2 dir=$3 tmp
+# unpack_debs SUITE DIR PACKAGE…: the packages as SUITE has them, unpacked into DIR.
+unpack_debs() {
+  local suite=$1 dir=$2 tmp deb
+  shift 2
   tmp=$(mktemp -d)
-  (cd "$tmp" && suite_apt "$suite" apt-get -qq download "$package/$suite" >&2) ||
-    { rm -f "$CACHE/apt/$suite/ready"; (cd "$tmp" && suite_apt "$suite" apt-get -qq download "$package/$suite" >&2); } ||
-    { rm -rf "$tmp"; return 1; }
+  # A stale list names files the mirror no longer has: refresh and try again.
+  (cd "$tmp" && suite_apt "$suite" apt-get -qq download "${@/%//$suite}" >&2) ||
+    { rm -f "$CACHE/apt/$suite/ready" && (cd "$tmp" && suite_apt "$suite" apt-get -qq download "${@/%//$suite}" >&2); } ||
+    { rm -rf "$tmp"; die "could not download from $suite: $*"; }
   mkdir -p "$dir"
-  dpkg-deb -x "$tmp"/*.deb "$dir"
+  for deb in "$tmp"/*.deb; do
+    dpkg-deb -x "$deb" "$dir"
+  done
   rm -rf "$tmp"
 }
