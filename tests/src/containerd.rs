@@ -39,7 +39,7 @@ impl Containerd {
         fs::create_dir_all(&blockfile)?;
         let scratch = blockfile.join("scratch.ext4");
         if !scratch.exists() {
-            image::make_ext4(&scratch, 256 << 20)?;
+            image::make_ext4(&scratch, 64 << 20)?;
         }
         fs::write(directory.join("config.toml"), configuration(directory))?;
         let daemon = spawn(programs, directory)?;
@@ -179,7 +179,8 @@ fn configuration(directory: &Path) -> String {
         r#"version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+  "io.containerd.nri.v1.nri"]
 [grpc]
   address = "{directory}/containerd.sock"
 [plugins."io.containerd.snapshotter.v1.blockfile"]
@@ -187,7 +188,6 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
   scratch_file = "{directory}/blockfile/scratch.ext4"
   fs_type = "ext4"
   mount_options = []
-  recreate_scratch = true
 "#
     )
 }
