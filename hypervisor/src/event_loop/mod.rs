@@ -1,15 +1,18 @@
 //! The loop of a worker thread: waits for descriptors, calls who registered them.
 //!
 //! Each worker thread (`io`, `blk`, `fs`) runs one [`EventLoop`]. Who wants to be called makes a [`Handler`] and gets a
-//! [`Registrar`] bound to it, which may be used from any thread. Readiness is level-triggered: a descriptor that stays
-//! ready is reported again, so a handler may leave work undone.
+//! [`Registrar`] bound to it, which may be used from any thread. Readiness is level-triggered unless asked otherwise
+//! ([`Interest::once_per_change`]): a descriptor that stays ready is reported again, so a handler may leave work undone.
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::bits;
+use crate::sync::lock;
 
 /// What to wait for. Errors and hang-ups are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +27,12 @@ impl Interest {
     pub const WRITE: Self = Self(EpollFlags::EPOLLOUT);
     /// Both.
     pub const READ_WRITE: Self = Self(Self::READ.0.union(Self::WRITE.0));
+
+    /// The same, but reported once each time something changes instead of as long as it lasts (`EPOLLET`): for who
+    /// remembers that a descriptor is ready and uses it until it is not.
+    pub const fn once_per_change(self) -> Self {
+        Self(self.0.union(EpollFlags::EPOLLET))
+    }
 }
 
 /// What a descriptor is ready for.
@@ -116,7 +125,7 @@ impl EventLoop {
 
     /// Lets `handler` register descriptors. The loop keeps it for good.
     pub fn registrar(&self, handler: Arc<dyn Handler>) -> Registrar {
-        let mut handlers = self.handlers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handlers = lock(&self.handlers);
         handlers.push(handler);
         // A VM has a few dozen devices; saturating keeps the conversion total.
         let index = u32::try_from(handlers.len() - 1).unwrap_or(u32::MAX);
@@ -151,9 +160,9 @@ impl EventLoop {
     }
 
     fn dispatch(&self, event: &EpollEvent) {
-        let [token, index] = halves(event.data());
+        let (token, index) = (bits::low(event.data()), bits::high(event.data()));
         let handler = {
-            let handlers = self.handlers.lock().unwrap_or_else(PoisonError::into_inner);
+            let handlers = lock(&self.handlers);
             usize::try_from(index).ok().and_then(|index| handlers.get(index).cloned())
         };
         // The lock is released: a handler may make registrars.
@@ -161,11 +170,6 @@ impl EventLoop {
             handler.on_ready(token, Readiness(event.events()));
         }
     }
-}
-
-fn halves(data: u64) -> [u32; 2] {
-    let [a, b, c, d, e, f, g, h] = data.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
 }
 
 #[cfg(test)]
@@ -223,6 +227,21 @@ mod tests {
         assert_eq!(recorder.tokens(), [2]);
         registrar.remove(&b).unwrap();
         assert_eq!(event_loop.turn(EpollTimeout::ZERO).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_change_is_reported_once() {
+        let event_loop = EventLoop::new().unwrap();
+        let recorder = Arc::new(Recorder::default());
+        let (mut a, b) = UnixStream::pair().unwrap();
+        a.write_all(b"x").unwrap();
+        event_loop.registrar(recorder.clone()).add(&b, Interest::READ.once_per_change(), 1).unwrap();
+        event_loop.turn(EpollTimeout::ZERO).unwrap();
+        event_loop.turn(EpollTimeout::ZERO).unwrap();
+        assert_eq!(recorder.tokens(), [1]);
+        a.write_all(b"y").unwrap();
+        event_loop.turn(EpollTimeout::ZERO).unwrap();
+        assert_eq!(recorder.tokens(), [1]);
     }
 
     #[test]

@@ -1,11 +1,10 @@
 //! How a device interrupts the guest.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 /// Interrupt reasons (virtio 1.2, section 4.2.2, `InterruptStatus`).
 const USED_QUEUE: u32 = 1 << 0;
@@ -19,17 +18,23 @@ pub struct Interrupt(Arc<Line>);
 struct Line {
     status: AtomicU32,
     config_generation: AtomicU32,
+    needs_reset: AtomicBool,
     irqfd: EventFd,
 }
 
 impl Interrupt {
-    /// A line that nothing listens to until its [`Interrupt::as_raw_fd`] has been given to KVM as an irqfd.
+    /// A line that nothing listens to until its [`Interrupt::irqfd`] has been given to KVM.
     ///
     /// # Errors
     /// When the process has no descriptors left.
     pub fn new() -> io::Result<Self> {
-        let irqfd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        Ok(Self(Arc::new(Line { status: AtomicU32::new(0), config_generation: AtomicU32::new(0), irqfd })))
+        let irqfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self(Arc::new(Line {
+            status: AtomicU32::new(0),
+            config_generation: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            irqfd,
+        })))
     }
 
     /// Tells the guest that a used ring has grown. The caller has asked the queue whether the guest wants to know
@@ -42,6 +47,13 @@ impl Interrupt {
     pub fn signal_config(&self) {
         self.0.config_generation.fetch_add(1, Ordering::AcqRel);
         self.raise(CONFIG_CHANGE);
+    }
+
+    /// Tells the guest that the device is beyond use until it is reset (`DEVICE_NEEDS_RESET`): its driver broke a rule
+    /// of the queue that no single request can answer for.
+    pub fn signal_needs_reset(&self) {
+        self.0.needs_reset.store(true, Ordering::Release);
+        self.signal_config();
     }
 
     fn raise(&self, reason: u32) {
@@ -60,6 +72,17 @@ impl Interrupt {
         self.0.status.fetch_and(!reasons, Ordering::AcqRel);
     }
 
+    /// Whether [`Interrupt::signal_needs_reset`] was called since the last [`Interrupt::reset`].
+    pub fn needs_reset(&self) -> bool {
+        self.0.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The device has been reset: nothing is pending.
+    pub fn reset(&self) {
+        self.0.status.store(0, Ordering::Release);
+        self.0.needs_reset.store(false, Ordering::Release);
+    }
+
     /// Changes with every [`Interrupt::signal_config`].
     pub fn config_generation(&self) -> u32 {
         self.0.config_generation.load(Ordering::Acquire)
@@ -68,12 +91,6 @@ impl Interrupt {
     /// The event to hand to KVM.
     pub fn irqfd(&self) -> &EventFd {
         &self.0.irqfd
-    }
-}
-
-impl AsRawFd for Interrupt {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.irqfd.as_raw_fd()
     }
 }
 

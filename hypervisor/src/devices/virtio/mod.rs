@@ -2,9 +2,25 @@
 
 mod device;
 mod interrupt;
+mod mmio;
+mod service;
+mod worker;
 
+pub mod blk;
 pub mod fs;
+pub mod rng;
 pub mod vsock;
 
 pub use device::{Activation, ActivationError, VirtioDevice};
 pub use interrupt::Interrupt;
+pub use mmio::{MMIO_WINDOW, MmioTransport, QUEUE_NOTIFY};
+pub use worker::{Doorbells, SharedDevice};
+
+/// Offered by the transport for every device: it follows virtio 1.0 or later.
+pub const VERSION_1: u64 = 1 << 32;
+
+/// Either side may say from which ring index on it wants to be notified.
+pub const RING_EVENT_IDX: u64 = 1 << 29;
+
+/// A descriptor may point to a table of descriptors.
+pub const RING_INDIRECT_DESC: u64 = 1 << 28;

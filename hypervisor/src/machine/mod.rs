@@ -1,0 +1,5 @@
+//! The machine as a whole.
+
+mod ending;
+
+pub use ending::Ending;
