@@ -19,3 +19,20 @@ need_rust() {
   fi
   rust_new_enough || die "cargo $RUST_NEEDED or newer is needed (found: $(cargo --version 2>/dev/null || echo none)); install Debian's cargo-web and rustc-web, or rustup"
 }
+
+need_rust_lints() {
+  cargo fmt --version >/dev/null 2>&1 || need_packages rustfmt-web
+  cargo clippy --version >/dev/null 2>&1 || need_packages rust-web-clippy
+}
+
+# test_programs CARGO-ARGUMENT…: builds tests and prints the programs, one a line
+# as "NAME PATH".
+test_programs() {
+  cargo test --locked --no-run --message-format=json-render-diagnostics "$@" |
+    python3 -c '
+import json, sys
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("executable") and m.get("profile", {}).get("test"):
+        print(m["package_id"].split("#")[0].rsplit("/", 1)[-1] + ":" + m["target"]["name"], m["executable"])'
+}

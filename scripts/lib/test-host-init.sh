@@ -68,6 +68,14 @@ for d in $TH_KEEP; do
   mkdir -p "root$d" "/rw/$n" "/rw/$n.work" "/root$d"
   mount -t overlay -o "lowerdir=/host$d,upperdir=/rw/$n,workdir=/rw/$n.work,xino=off" keep "/root$d"
 done
+if [ -n "$TH_NETWORK" ]; then # QEMU's user network
+  chroot /root modprobe virtio_net
+  ip link set eth0 up
+  ip address add 10.0.2.15/24 dev eth0
+  ip route add default via 10.0.2.2
+  rm -f /root/etc/resolv.conf
+  echo nameserver 10.0.2.3 >/root/etc/resolv.conf
+fi
 if [ -n "$TH_OUT" ]; then
   mkdir -p "/root$TH_OUT"
   mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none out "/root$TH_OUT"

@@ -79,7 +79,7 @@ th_need_initramfs() {
     die "could not download busybox-static"
   dpkg-deb -x "$tmp"/busybox*.deb "$tmp/busybox"
   cp "$tmp/busybox/bin/busybox" "$tmp/fs/bin/" 2>/dev/null || cp "$tmp/busybox/usr/bin/busybox" "$tmp/fs/bin/"
-  for f in sh grep mount insmod mkdir ln mknod sed hostname ip cp tr uname switch_root echo; do
+  for f in sh chroot grep rm mount insmod mkdir ln mknod sed hostname ip cp tr uname switch_root echo; do
     ln -s busybox "$tmp/fs/bin/$f"
   done
   gcc -O2 -Wall -static -s -o "$tmp/fs/pid1" "$lib/test-host-pid1.c"
