@@ -1,11 +1,15 @@
 //! The virtual machine monitor of vmshim: one process per pod, one guest per process.
 
+pub mod boot;
 pub mod bus;
 pub mod devices;
 pub mod event_loop;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod vcpu;
 
 mod bits;
+pub mod clock;
+mod random;
 mod sync;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -16,6 +17,7 @@ pub struct Ending(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     outcome: Mutex<Option<Outcome>>,
+    declared: AtomicBool,
     event: EventFd,
 }
 
@@ -26,7 +28,7 @@ impl Ending {
     /// When the process has no descriptors left.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self(Arc::new(Inner { outcome: Mutex::new(None), event })))
+        Ok(Self(Arc::new(Inner { outcome: Mutex::new(None), declared: AtomicBool::new(false), event })))
     }
 
     /// The machine is over. What was declared first stands.
@@ -34,9 +36,15 @@ impl Ending {
         let mut slot = lock(&self.0.outcome);
         if slot.is_none() {
             *slot = Some(outcome);
+            self.0.declared.store(true, Ordering::Release);
             // The counter is written once, so it cannot be full.
             let _ = self.0.event.write(1);
         }
+    }
+
+    /// Whether the machine is over.
+    pub fn is_declared(&self) -> bool {
+        self.0.declared.load(Ordering::Acquire)
     }
 
     /// What was declared.

@@ -2,8 +2,6 @@
 //!
 //! Runs on the `io` thread.
 
-use std::io;
-
 use vm_memory::Bytes;
 use vmshim_protocol::control::DeviceStatistics;
 
@@ -11,6 +9,7 @@ use super::service::{Chain, Service};
 use super::{Activation, ActivationError, RING_EVENT_IDX, VirtioDevice};
 use crate::event_loop::Readiness;
 use crate::memory::GuestRam;
+use crate::random;
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -100,17 +99,7 @@ fn fill(memory: &GuestRam, chain: Chain) -> Option<u32> {
     let mut bytes = [0; MAX_BYTES];
     let len = usize::try_from(descriptor.len()).ok()?.min(MAX_BYTES);
     let bytes = bytes.get_mut(..len)?;
-    random(bytes).ok()?;
+    random::fill(bytes).ok()?;
     memory.write_slice(bytes, descriptor.addr()).ok()?;
     u32::try_from(len).ok()
-}
-
-fn random(bytes: &mut [u8]) -> io::Result<()> {
-    let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        // SAFETY: the kernel writes at most `rest.len()` bytes to `rest`.
-        let got = unsafe { nix::libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        filled += usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
-    }
-    Ok(())
 }
