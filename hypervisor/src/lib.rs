@@ -11,5 +11,6 @@ pub mod vcpu;
 
 mod bits;
 pub mod clock;
+pub mod control;
 mod random;
 mod sync;

@@ -1,5 +1,117 @@
-//! The machine as a whole.
+//! The machine as a whole: what it is made of, and what can be done to it.
 
+mod build;
+mod config;
 mod ending;
+mod kvm;
+mod platform;
 
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vmshim_protocol::control::Statistics;
+
+pub use build::{BuildError, Parts, build};
+pub use config::{ConfigError, MAX_DISK_SLOTS, Plan};
 pub use ending::Ending;
+pub use kvm::KvmError;
+
+use crate::devices::legacy::Console;
+use crate::devices::virtio::blk::{Blk, DiskError};
+use crate::devices::virtio::{SharedDevice, VirtioDevice, vsock};
+use crate::sync::lock;
+use crate::vcpu::Gate;
+
+/// A machine that can run.
+pub struct Machine {
+    gate: Arc<Gate>,
+    slots: Vec<Arc<Mutex<Blk>>>,
+    vsock: Arc<Mutex<vsock::Vsock>>,
+    /// All virtio devices, in their order on the bus.
+    devices: Vec<SharedDevice>,
+    console: Console,
+    first_run: Arc<AtomicU64>,
+    exits: Arc<AtomicU64>,
+}
+
+/// Why a disk cannot be attached or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// Beyond the configured number.
+    #[error("there is no disk slot {slot}; this machine has {slots}")]
+    NoSuchSlot {
+        /// Asked for.
+        slot: u8,
+        /// How many there are.
+        slots: usize,
+    },
+    /// A disk is in it.
+    #[error("disk slot {0} is taken")]
+    Taken(u8),
+    /// No disk is in it.
+    #[error("disk slot {0} is empty")]
+    Empty(u8),
+    /// Not a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+impl Machine {
+    /// Lets the vCPUs run, from the start or from where they were paused.
+    pub fn run(&self) {
+        self.gate.open();
+    }
+
+    /// Returns when no vCPU runs. Devices finish what they have begun.
+    pub fn pause(&self) {
+        self.gate.close();
+    }
+
+    /// Puts a disk into an empty slot.
+    ///
+    /// # Errors
+    /// See [`SlotError`].
+    pub fn attach_disk(&self, slot: u8, disk: OwnedFd, read_only: bool) -> Result<(), SlotError> {
+        let attached = lock(self.slot(slot)?).attach(disk, read_only)?;
+        if attached { Ok(()) } else { Err(SlotError::Taken(slot)) }
+    }
+
+    /// Empties a slot, once its request under way is answered.
+    ///
+    /// # Errors
+    /// See [`SlotError`].
+    pub fn detach_disk(&self, slot: u8) -> Result<(), SlotError> {
+        let detached = lock(self.slot(slot)?).detach();
+        if detached { Ok(()) } else { Err(SlotError::Empty(slot)) }
+    }
+
+    fn slot(&self, slot: u8) -> Result<&Mutex<Blk>, SlotError> {
+        let missing = SlotError::NoSuchSlot { slot, slots: self.slots.len() };
+        self.slots.get(usize::from(slot)).map(Arc::as_ref).ok_or(missing)
+    }
+
+    /// Takes over what the guest had put into its streams when it ended. Called on the `io` thread, after which nothing
+    /// comes any more.
+    pub fn drain_streams(&self) {
+        let mut vsock = lock(&self.vsock);
+        for index in 0..vsock.queue_sizes().len() {
+            vsock.on_queue(index);
+        }
+    }
+
+    /// The last lines of the guest's console.
+    pub fn console(&self) -> Vec<String> {
+        self.console.lines()
+    }
+
+    /// What is counted here; the rest is left at 0.
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            first_instruction_ns: self.first_run.load(Ordering::Acquire),
+            vcpu_exits: self.exits.load(Ordering::Relaxed),
+            devices: self.devices.iter().map(SharedDevice::statistics).collect(),
+            ..Default::default()
+        }
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use vmshim_protocol::control::DeviceStatistics;
 
 use super::VirtioDevice;
 use crate::event_loop::{EventLoop, Handler, Interest, Readiness, Registrar};
@@ -15,12 +16,15 @@ use crate::sync::lock;
 pub struct SharedDevice {
     device: Arc<Mutex<dyn VirtioDevice>>,
     active: Arc<AtomicBool>,
+    /// Counters as they were when last asked for.
+    counted: Arc<Mutex<DeviceStatistics>>,
 }
 
 impl SharedDevice {
     /// Shares a device that has not been started.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>) -> Self {
-        Self { device, active: Arc::new(AtomicBool::new(false)) }
+        let counted = lock(&device).statistics();
+        Self { device, active: Arc::new(AtomicBool::new(false)), counted: Arc::new(Mutex::new(counted)) }
     }
 
     /// The device, for a bounded amount of work.
@@ -36,6 +40,16 @@ impl SharedDevice {
     /// See [`SharedDevice::is_active`].
     pub fn set_active(&self, active: bool) {
         self.active.store(active, Ordering::Release);
+    }
+
+    /// The device's counters. Never waits: of a device that is at work at this moment, which may be a slow disk's, one
+    /// gets those of last time.
+    pub fn statistics(&self) -> DeviceStatistics {
+        let mut counted = lock(&self.counted);
+        if let Ok(device) = self.device.try_lock() {
+            *counted = device.statistics();
+        }
+        counted.clone()
     }
 
     /// A registrar whose events become [`VirtioDevice::on_event`] on the thread of `event_loop`.

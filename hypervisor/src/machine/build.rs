@@ -1,0 +1,148 @@
+//! Building a machine.
+//!
+//! The order matters twice: memory is registered before the first vCPU, since later it costs milliseconds; and threads
+//! are started last, when nothing can fail any more that they would have to be told of.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use vmshim_protocol::control::{FailureKind, Outcome};
+
+use super::kvm::{KvmError, Vm};
+use super::platform::{Platform, PlatformError};
+use super::{Ending, Machine, Plan};
+use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError};
+use crate::devices::legacy::Console;
+use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{Streams, Vsock};
+use crate::devices::virtio::SharedDevice;
+use crate::event_loop::EventLoop;
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::{self, Gate, Surroundings, Topology, Vcpu, VcpuError};
+
+/// A device worker's stack.
+const STACK_BYTES: usize = 256 << 10;
+
+/// What a machine is made of, beside its [`Plan`].
+pub struct Parts {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel's file.
+    pub kernel: File,
+    /// The initramfs's file.
+    pub initramfs: File,
+    /// A listening socket for host programs.
+    pub vsock_listener: Option<OwnedFd>,
+    /// The ports that the guest may dial.
+    pub streams: Streams,
+    /// Where the machine's end is declared.
+    pub ending: Ending,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A device.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// The kernel cannot be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Nor be told what it needs to know.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device, a thread or a descriptor.
+    #[error("the host lacks a resource for the machine's devices")]
+    Host(#[from] io::Error),
+}
+
+impl BuildError {
+    /// Whose fault it is.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::Boot(BootError::Map(_) | BootError::Memory(_) | BootError::Seed(_)) => FailureKind::Host,
+            Self::Boot(_) | Self::CommandLine(_) | Self::Kvm(KvmError::NotKvm(_)) => FailureKind::InvalidArgument,
+            _ => FailureKind::Host,
+        }
+    }
+}
+
+/// Builds the machine of `plan` from `parts`. Its vCPUs wait; devices that work on the `io` thread use `io`.
+///
+/// # Errors
+/// See [`BuildError`]. What was built so far goes away with the process, which has no use any more.
+pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, BuildError> {
+    let ram = GuestRam::new(plan.memory_bytes())?;
+    let vm = Vm::new(parts.kvm, &ram)?;
+    let console = Console::default();
+    let mut platform = Platform::default();
+    platform.add_legacy(&vm, console.clone(), &parts.ending)?;
+
+    let vsock = Arc::new(Mutex::new(Vsock::new(parts.streams, parts.vsock_listener)?));
+    platform.add_virtio(&vm, &ram, io, SharedDevice::new(vsock.clone()))?;
+    let blk_loop = EventLoop::new()?;
+    let slots: Vec<_> = (0..plan.disk_slots()).map(|slot| Arc::new(Mutex::new(Blk::new(slot)))).collect();
+    for slot in &slots {
+        platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
+    }
+    platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
+
+    let command_line = CommandLine::new(&platform.windows, plan.kernel_params())?;
+    let source = BootSource {
+        kernel: &parts.kernel,
+        initramfs: &parts.initramfs,
+        command_line: &command_line,
+        vcpus: plan.vcpus(),
+    };
+    let entry = boot::load(&ram, &source)?;
+
+    let topology = Topology { vcpus: plan.vcpus(), tsc_deadline: vm.tsc_deadline };
+    let vcpus: Vec<Vcpu> = (0..plan.vcpus())
+        .map(|index| Vcpu::new(&vm.fd, index, &vm.supported_cpuid, topology))
+        .collect::<Result<_, _>>()?;
+    if let Some(first) = vcpus.first() {
+        first.enter_kernel_at(entry)?;
+    }
+
+    let surroundings = Surroundings {
+        ports: Arc::new(platform.ports),
+        registers: Arc::new(platform.registers),
+        gate: Arc::new(Gate::default()),
+        ending: parts.ending.clone(),
+        first_run: Arc::new(AtomicU64::new(0)),
+        exits: Arc::new(AtomicU64::new(0)),
+    };
+    let (gate, first_run, exits) =
+        (surroundings.gate.clone(), surroundings.first_run.clone(), surroundings.exits.clone());
+    vcpu::install_signal_handler().map_err(io::Error::from)?;
+    for vcpu in vcpus {
+        vcpu.spawn(surroundings.clone(), || ())?;
+    }
+    if plan.disk_slots() > 0 {
+        spawn_worker("blk", blk_loop, parts.ending)?;
+    }
+    Ok(Machine { gate, slots, vsock, devices: platform.devices, console, first_run, exits })
+}
+
+fn spawn_worker(name: &str, event_loop: EventLoop, ending: Ending) -> io::Result<()> {
+    let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+    thread.spawn(move || {
+        let Err(error) = event_loop.run();
+        ending.declare(Outcome::Failed { message: format!("A device thread cannot wait for events: {error}.") });
+    })?;
+    Ok(())
+}
