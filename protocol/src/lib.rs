@@ -4,6 +4,7 @@
 //! * [`control`] (feature `control`): requests, replies and events between the shim and the VMM, with the file
 //!   descriptors that travel along.
 //! * [`power`]: how a guest ends its machine.
+//! * [`shared`]: the virtio-fs device's tag and the layout of the directory it shares.
 //! * [`vsock`]: the port numbers that host and guest agree on.
 
 #[cfg(feature = "agent")]
@@ -11,4 +12,5 @@ pub mod agent;
 #[cfg(feature = "control")]
 pub mod control;
 pub mod power;
+pub mod shared;
 pub mod vsock;

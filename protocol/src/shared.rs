@@ -1,0 +1,21 @@
+//! The virtio-fs device and the layout of the directory it shares.
+//!
+//! The VMM lets the guest remember what lies in root file systems and makes it ask anew about everything else, by the
+//! layout alone:
+//!
+//! ```text
+//! /
+//! ├── rootfs/<container>   a root file system that only this pod changes
+//! └── <anything else>/…    live: what the host changes is seen in the guest at once
+//! ```
+//!
+//! The agent mounts the device once (`mount -t virtiofs -o nodev shared <dir>`; the device nodes of an image are not
+//! the guest's) and bind-mounts what a container sees. The shim mounts below the shared directory at any time, before
+//! and after boot. When a container is gone it unmounts its directories with `MNT_DETACH`; the VMM then lets go of
+//! what it held there, whatever the guest still remembers.
+
+/// The virtio-fs device's tag.
+pub const TAG: &str = "shared";
+
+/// The directory of root file systems, directly below the shared directory.
+pub const ROOTFS_DIRECTORY: &str = "rootfs";
