@@ -1,0 +1,89 @@
+//! `-info`: what the runtime is and can do.
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use serde_json::json;
+
+use super::VERSION;
+
+const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Mount options that a container's mounts can have.
+const MOUNT_OPTIONS: [&str; 29] = [
+    "acl",
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "norelatime",
+    "nosuid",
+    "private",
+    "rbind",
+    "relatime",
+    "remount",
+    "ro",
+    "rprivate",
+    "rro",
+    "rshared",
+    "rslave",
+    "rw",
+    "strictatime",
+    "suid",
+    "sync",
+];
+
+/// The message for standard output.
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn info() -> Result<Vec<u8>, protobuf::Error> {
+    let features = json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.0",
+        "mountOptions": MOUNT_OPTIONS,
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "cgroup": { "v1": false, "v2": true, "systemd": false, "rdma": false },
+            "seccomp": { "enabled": true },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false },
+        },
+    });
+    let info = RuntimeInfo {
+        name: "io.containerd.vmshim.v2".to_owned(),
+        version: MessageField::some(RuntimeVersion {
+            version: VERSION.to_owned(),
+            ..RuntimeVersion::default()
+        }),
+        features: MessageField::some(Any {
+            type_url: FEATURES_TYPE.to_owned(),
+            value: features.to_string().into_bytes(),
+            ..Any::default()
+        }),
+        ..RuntimeInfo::default()
+    };
+    info.write_to_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recursive_read_only_is_announced() {
+        let info = RuntimeInfo::parse_from_bytes(&info().unwrap()).unwrap();
+        assert_eq!((info.name.as_str(), info.version.version.as_str()), ("io.containerd.vmshim.v2", VERSION));
+        let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
+        assert!(features["mountOptions"].as_array().unwrap().contains(&json!("rro")));
+    }
+}

@@ -1,0 +1,73 @@
+//! CPU and memory limits of a pod, from the sandbox's annotations or the container's own resources.
+
+use serde_json::Value;
+
+use super::Spec;
+
+/// Limits as the spec writes them; 0 or less is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// CPU time in each period, in microseconds.
+    pub quota: i64,
+    /// The period, in microseconds.
+    pub period: u64,
+    /// Bytes of memory.
+    pub memory: i64,
+}
+
+impl Limits {
+    /// The limits that a pod's first container tells. A sandbox carries the sum of its members' in annotations.
+    pub fn of(spec: &Spec) -> Self {
+        let annotated = |name: &str| spec.annotation(&format!("io.kubernetes.cri.sandbox-{name}"));
+        let resource = |path| spec.resource(path).and_then(Value::as_i64).unwrap_or(0);
+        let signed = |name, path| match annotated(name) {
+            Some(text) => text.parse().unwrap_or(0),
+            None => resource(path),
+        };
+        let period = signed("cpu-period", ["cpu", "period"]);
+        Self {
+            quota: signed("cpu-quota", ["cpu", "quota"]),
+            period: u64::try_from(period).unwrap_or(0),
+            memory: signed("memory", ["memory", "limit"]),
+        }
+    }
+
+    /// Whole CPUs that the limit lets run at once.
+    pub fn cpus(&self) -> Option<u64> {
+        const DEFAULT_PERIOD: u64 = 100_000;
+        let quota = u64::try_from(self.quota).ok().filter(|quota| *quota > 0)?;
+        let period = if self.period == 0 { DEFAULT_PERIOD } else { self.period };
+        Some(quota.div_ceil(period))
+    }
+
+    /// The memory limit.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        u64::try_from(self.memory).ok().filter(|bytes| *bytes > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(text: &str) -> Limits {
+        Limits::of(&Spec::parse(text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn annotations_come_before_resources() {
+        let resources =
+            r#""linux":{"resources":{"cpu":{"quota":200000,"period":100000},"memory":{"limit":1024}}}"#;
+        let own = limits(&format!(r#"{{"process":{{"args":["a"]}},{resources}}}"#));
+        assert_eq!((own.cpus(), own.memory_bytes()), (Some(2), Some(1024)));
+        let annotations = r#""annotations":{"io.kubernetes.cri.sandbox-cpu-quota":"300000","io.kubernetes.cri.sandbox-cpu-period":"100000","io.kubernetes.cri.sandbox-memory":"0"}"#;
+        let pod = limits(&format!(r#"{{"process":{{"args":["a"]}},{resources},{annotations}}}"#));
+        assert_eq!((pod.cpus(), pod.memory_bytes()), (Some(3), None));
+    }
+
+    #[test]
+    fn no_limit_is_none() {
+        let none = limits(r#"{"process":{"args":["a"]},"linux":{"resources":{"cpu":{"quota":-1}}}}"#);
+        assert_eq!((none.cpus(), none.memory_bytes()), (None, None));
+    }
+}

@@ -1,0 +1,10 @@
+//! The OCI runtime spec of a container: the parts that the shim reads or changes. Everything else passes through to
+//! the agent untouched, also what this version has never heard of.
+
+mod limits;
+mod spec;
+mod transform;
+
+pub use limits::Limits;
+pub use spec::{Spec, SpecError};
+pub use transform::{HostBind, for_guest};

@@ -1,0 +1,154 @@
+//! Undoing a pod's journal.
+
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+
+use super::process::{signal, wait_gone};
+use super::{Entry, Journal, PodDir, ProcessId, StateError};
+
+/// How long a shim may take to end by itself once it is asked to.
+const SHIM_GRACE: Duration = Duration::from_secs(2);
+
+/// How long the kernel may take to end a killed process.
+const KILL_LIMIT: Duration = Duration::from_secs(2);
+
+/// Undoes everything in the journal and removes the pod's directory. May be done again, and after any interruption.
+///
+/// # Errors
+/// The first thing that could not be undone, after all else has been tried. The journal stays.
+pub fn undo(pod: &PodDir) -> Result<(), StateError> {
+    let mut failure = None;
+    for entry in Journal::read(&pod.journal())? {
+        let (path, result) = match &entry {
+            Entry::Shim(shim) => (pod.path(), end_shim(shim)),
+            Entry::Process(process) => (pod.path(), kill(process)),
+            Entry::Mount(path) => (path.as_path(), unmount(path)),
+            Entry::Cgroup(path) => (path.as_path(), remove_cgroup(path)),
+            Entry::File(path) => (path.as_path(), remove_file(path)),
+        };
+        if let Err(source) = result {
+            failure.get_or_insert(StateError { path: path.to_owned(), source });
+        }
+    }
+    match failure {
+        Some(failure) => Err(failure),
+        None => remove_directory(pod),
+    }
+}
+
+fn end_shim(shim: &ProcessId) -> io::Result<()> {
+    if shim.pid == std::process::id() {
+        return Ok(());
+    }
+    let Some(process) = shim.open()? else { return Ok(()) };
+    signal(&process, libc::SIGTERM)?;
+    if wait_gone(&process, SHIM_GRACE)? {
+        return Ok(());
+    }
+    kill(shim)
+}
+
+fn kill(id: &ProcessId) -> io::Result<()> {
+    let Some(process) = id.open()? else { return Ok(()) };
+    signal(&process, libc::SIGKILL)?;
+    if wait_gone(&process, KILL_LIMIT)? {
+        return Ok(());
+    }
+    Err(io::Error::new(ErrorKind::TimedOut, format!("process {} does not end", id.pid)))
+}
+
+fn unmount(path: &Path) -> io::Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn remove_cgroup(path: &Path) -> io::Result<()> {
+    // Absent on cgroup v1, where the processes have been killed one by one.
+    match std::fs::write(path.join("cgroup.kill"), "1") {
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            return Err(error);
+        }
+        _ => {}
+    }
+    ignore_missing(std::fs::remove_dir(path))
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    ignore_missing(std::fs::remove_file(path))
+}
+
+/// Removes the directory by name of what is in it, never recursively: were a mount still there, its contents are not
+/// ours to delete.
+fn remove_directory(pod: &PodDir) -> Result<(), StateError> {
+    let failed = |path: &Path, source| StateError { path: path.to_owned(), source };
+    ignore_missing(std::fs::remove_dir(pod.shared())).map_err(|error| failed(&pod.shared(), error))?;
+    remove_file(&pod.journal()).map_err(|error| failed(&pod.journal(), error))?;
+    ignore_missing(std::fs::remove_dir(pod.path())).map_err(|error| failed(pod.path(), error))?;
+    if let Some(namespace) = pod.path().parent() {
+        // Other pods of the namespace keep it.
+        let _ = std::fs::remove_dir(namespace);
+    }
+    Ok(())
+}
+
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Name;
+
+    fn pod(root: &Path) -> PodDir {
+        PodDir::new(root, &Name::new("ns").unwrap(), &Name::new("pod").unwrap())
+    }
+
+    #[test]
+    fn everything_is_undone_and_undoing_again_is_fine() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        let journal = Journal::create(pod.journal()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let file = root.path().join("socket");
+        std::fs::write(&file, "").unwrap();
+        std::fs::create_dir(pod.shared()).unwrap();
+        for entry in [
+            Entry::Shim(ProcessId::of_self().unwrap()),
+            Entry::File(file.clone()),
+            Entry::File(root.path().join("never made")),
+            Entry::Mount(pod.shared()),
+            Entry::Cgroup(root.path().join("no cgroup")),
+            Entry::Process(ProcessId::of(child.id()).unwrap()),
+        ] {
+            journal.intend(&entry).unwrap();
+        }
+        // A zombie is gone for a pidfd, so the child need not be reaped first.
+        undo(&pod).unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(!file.exists());
+        assert!(!pod.path().parent().unwrap().exists());
+        undo(&pod).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_ours_is_not_deleted() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        std::fs::create_dir(pod.shared()).unwrap();
+        std::fs::write(pod.shared().join("precious"), "").unwrap();
+        assert!(undo(&pod).is_err());
+        assert!(pod.shared().join("precious").exists());
+    }
+}

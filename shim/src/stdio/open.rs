@@ -1,0 +1,191 @@
+//! Opening the streams of one process.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::logger::{self, LoggerStreams};
+use super::{StdioError, Target};
+
+/// Where the streams of a process lead, as containerd asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Streams {
+    /// Address of standard input.
+    pub stdin: String,
+    /// Address of standard output.
+    pub stdout: String,
+    /// Address of standard error.
+    pub stderr: String,
+    /// One terminal in place of three streams.
+    pub terminal: bool,
+}
+
+/// Opened streams: what the VMM gets, and what the shim keeps.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// Read towards the guest.
+    pub stdin: Option<OwnedFd>,
+    /// Written from the guest.
+    pub stdout: Option<OwnedFd>,
+    /// Written from the guest.
+    pub stderr: Option<OwnedFd>,
+    /// To be kept as long as the process.
+    pub kept: Kept,
+}
+
+/// Handles that the shim holds so that clients may come and go.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// Keeps standard input from ending when a client detaches; dropped by CloseIO.
+    pub stdin_writer: Option<File>,
+    /// Keep writing from failing while no client reads.
+    readers: Vec<File>,
+}
+
+impl Streams {
+    /// Opens everything. Never waits for a peer, except for a logger that is starting, so it belongs on a thread of
+    /// its own.
+    ///
+    /// # Errors
+    /// The stream that cannot be opened is named.
+    pub fn open(&self, namespace: &str, id: &str) -> Result<Opened, StdioError> {
+        let mut opened = Opened::default();
+        match Target::parse(&self.stdin)? {
+            Target::None => {}
+            Target::Fifo(path) | Target::File(path) => {
+                opened.stdin = Some(open_source(&path, &mut opened.kept)?);
+            }
+            Target::Binary { .. } => return Err(StdioError::Unsupported(self.stdin.clone())),
+        }
+        let stdout = Target::parse(&self.stdout)?;
+        let stderr = if self.terminal { Target::None } else { Target::parse(&self.stderr)? };
+        if let Target::Binary { path, args } = &stdout {
+            let LoggerStreams { stdout, stderr: errors } = logger::start(path, args, namespace, id)?;
+            opened.stdout = Some(stdout);
+            opened.stderr = (!self.terminal).then_some(errors);
+            return Ok(opened);
+        }
+        let same_file = matches!(&stdout, Target::File(_)) && stdout == stderr;
+        opened.stdout = open_sink(stdout, &mut opened.kept)?;
+        opened.stderr = match &opened.stdout {
+            Some(file) if same_file => {
+                let path = Path::new(&self.stderr).to_owned();
+                Some(file.try_clone().map_err(|source| StdioError::Open { path, source })?)
+            }
+            _ => open_sink(stderr, &mut opened.kept)?,
+        };
+        Ok(opened)
+    }
+}
+
+fn open_source(path: &Path, kept: &mut Kept) -> Result<OwnedFd, StdioError> {
+    let failed = |source| StdioError::Open { path: path.to_owned(), source };
+    let source = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    if is_fifo(&source).map_err(failed)? {
+        // There is a reader now, so this does not wait.
+        kept.stdin_writer = Some(OpenOptions::new().write(true).open(path).map_err(failed)?);
+    }
+    Ok(source.into())
+}
+
+fn open_sink(target: Target, kept: &mut Kept) -> Result<Option<OwnedFd>, StdioError> {
+    match target {
+        Target::None => Ok(None),
+        Target::Fifo(path) => {
+            let failed = |source| StdioError::Open { path: path.clone(), source };
+            // A reader first, without which the writer would wait for one.
+            let reader =
+                OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).map_err(failed)?;
+            let fifo = is_fifo(&reader).map_err(failed)?;
+            let writer = OpenOptions::new().write(true).append(!fifo).open(&path).map_err(failed)?;
+            if fifo {
+                kept.readers.push(reader);
+            }
+            Ok(Some(writer.into()))
+        }
+        Target::File(path) => {
+            let failed = |source| StdioError::Open { path: path.clone(), source };
+            if let Some(directory) = path.parent() {
+                DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
+            }
+            let file =
+                OpenOptions::new().append(true).create(true).mode(0o644).open(&path).map_err(failed)?;
+            Ok(Some(file.into()))
+        }
+        Target::Binary { path, .. } => Err(StdioError::Unsupported(path.to_string_lossy().into_owned())),
+    }
+}
+
+fn is_fifo(file: &File) -> io::Result<bool> {
+    Ok(file.metadata()?.file_type().is_fifo())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    fn fifo(directory: &Path, name: &str) -> String {
+        let path = directory.join(name);
+        mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn fifos_open_without_a_peer_and_outlive_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let streams = Streams {
+            stdin: fifo(directory.path(), "in"),
+            stdout: fifo(directory.path(), "out"),
+            ..Streams::default()
+        };
+        let mut opened = streams.open("ns", "id").unwrap();
+        assert!(opened.stderr.is_none());
+        // Nobody reads, and writing still works.
+        let mut out = File::from(opened.stdout.take().unwrap());
+        out.write_all(b"kept").unwrap();
+        let mut reader =
+            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&streams.stdout).unwrap();
+        let mut buffer = [0; 4];
+        reader.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"kept");
+        // A client that writes and goes does not end the input; dropping the kept writer does.
+        let mut input = File::from(opened.stdin.take().unwrap());
+        drop(OpenOptions::new().write(true).open(&streams.stdin).unwrap());
+        assert_eq!(input.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        opened.kept.stdin_writer = None;
+        assert_eq!(input.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn files_are_made_and_appended_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new/log");
+        let address = format!("file://{}", path.display());
+        let streams = Streams { stdout: address.clone(), stderr: address, ..Streams::default() };
+        for _ in 0..2 {
+            let opened = streams.open("ns", "id").unwrap();
+            File::from(opened.stdout.unwrap()).write_all(b"o").unwrap();
+            File::from(opened.stderr.unwrap()).write_all(b"e").unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "oeoe");
+    }
+
+    #[test]
+    fn a_terminal_has_no_standard_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let streams = Streams {
+            stdout: fifo(directory.path(), "out"),
+            stderr: "/nonexistent".to_owned(),
+            terminal: true,
+            ..Streams::default()
+        };
+        assert!(streams.open("ns", "id").unwrap().stderr.is_none());
+    }
+}

@@ -1,0 +1,70 @@
+//! What a container sees of the host's storage: its root file system and its volumes.
+//!
+//! Directories and files are bind-mounted below the pod's shared directory, which the VMM serves by virtio-fs; block
+//! devices and disk images are opened and given to the VMM. A block device comes only from a mount that containerd
+//! names as such, never from what a path happens to be. Mounting may wait for a file system, so all of this runs on
+//! a thread of its own, never on the shim's event loop.
+
+mod mount;
+mod overlay;
+mod rootfs;
+mod shared;
+mod slots;
+mod staging;
+
+pub use rootfs::{Disk, MountRequest, Rootfs};
+pub use shared::{SharedError, mount_shared};
+pub use slots::{Slot, Slots};
+pub use staging::Staging;
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why storage cannot be given to a container.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// A kind of mount that is not known.
+    #[error(
+        "root file system mounts of type {0:?} are not supported; use a snapshotter that gives overlay, bind, ext4 or \
+         erofs mounts"
+    )]
+    UnknownType(String),
+    /// More than one mount.
+    #[error(
+        "a root file system put together from {0} mounts is not supported; use a snapshotter that gives one"
+    )]
+    SeveralMounts(usize),
+    /// An option that is not known.
+    #[error("the mount option {0:?} of the root file system is not supported")]
+    UnsupportedOption(String),
+    /// An option that must be there.
+    #[error("the overlay mount of the root file system has no lowerdir")]
+    NoLowerdir,
+    /// Overlay options that do not fit into a page.
+    #[error(
+        "the root file system has too many layers: their paths take {0} bytes where the kernel allows 4095"
+    )]
+    TooManyLayers(usize),
+    /// A disk that is neither a file nor a block device.
+    #[error("{} is neither a disk image nor a block device", .0.display())]
+    NotADisk(PathBuf),
+    /// A source that does not exist.
+    #[error("the mount source {} cannot be used: {source}", path.display())]
+    Source {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A mount that failed.
+    #[error("{} cannot be mounted: {source}", path.display())]
+    Mount {
+        /// What was to be mounted, or where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// All disk slots are taken.
+    #[error("the pod has no empty disk slot; raise hypervisor.disk_slots in the configuration")]
+    NoSlot,
+}

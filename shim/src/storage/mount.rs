@@ -1,0 +1,107 @@
+//! The system calls of mounting.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, umount2};
+
+use super::StorageError;
+
+/// Attributes that a mount can get after it is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Attributes {
+    /// Not writable.
+    pub read_only: bool,
+    /// No programs run from it.
+    pub no_exec: bool,
+    /// Also for everything mounted below it.
+    pub recursive: bool,
+}
+
+/// Bind-mounts `source` on `target`. Neither device nodes nor set-uid bits of what is shared with a guest mean
+/// anything to the host.
+pub fn bind(
+    source: &Path,
+    target: &Path,
+    recursive: bool,
+    attributes: Attributes,
+) -> Result<(), StorageError> {
+    let mut flags = MsFlags::MS_BIND;
+    if recursive {
+        flags |= MsFlags::MS_REC;
+    }
+    let failed = |source| StorageError::Mount { path: target.to_owned(), source };
+    mount(Some(source), target, None, flags, None).map_err(failed)?;
+    let restricted = Attributes { recursive: recursive && attributes.recursive, ..attributes };
+    restrict(target, Attributes { recursive, ..Attributes::default() })
+        .and_then(|()| restrict(target, restricted))
+        .map_err(|error| {
+            let _ = detach(target);
+            failed(error)
+        })
+}
+
+/// Calls mount(2).
+pub fn mount(
+    source: Option<&Path>,
+    target: &Path,
+    kind: Option<&str>,
+    flags: MsFlags,
+    data: Option<&str>,
+) -> io::Result<()> {
+    nix::mount::mount(source, target, kind, flags, data).map_err(Into::into)
+}
+
+/// Takes a mount and all below it out of sight; it ends when nobody uses it any more. No mount there is fine.
+pub fn detach(target: &Path) -> io::Result<()> {
+    match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Adds attributes and takes none away.
+fn restrict(target: &Path, attributes: Attributes) -> io::Result<()> {
+    let mut wanted = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    if attributes.read_only {
+        wanted |= libc::MOUNT_ATTR_RDONLY;
+    }
+    if attributes.no_exec {
+        wanted |= libc::MOUNT_ATTR_NOEXEC;
+    }
+    let request = libc::mount_attr { attr_set: wanted, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let flags = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
+    let path = CString::new(target.as_os_str().as_bytes())?;
+    // SAFETY: the path is a C string and the request a mount_attr of the size given, both alive during the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const request,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
+}
+
+/// Runs `action` on a thread that has a working directory of its own, `directory`.
+pub fn in_directory<T: Send>(
+    directory: &Path,
+    action: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let opened = std::fs::File::open(directory)?;
+    let body = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        // SAFETY: the descriptor is open for the call.
+        Errno::result(unsafe { libc::fchdir(opened.as_raw_fd()) })?;
+        action()
+    };
+    std::thread::scope(|scope| scope.spawn(body).join())
+        .unwrap_or_else(|_| Err(io::Error::other("the mounting thread failed")))
+}

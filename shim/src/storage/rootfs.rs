@@ -1,0 +1,247 @@
+//! The mounts that containerd hands over as a container's root file system.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::api::Mount;
+use nix::mount::MsFlags;
+
+use super::mount::{Attributes, bind, in_directory, mount};
+use super::{StorageError, overlay};
+
+/// One mount of a CreateTaskRequest, understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MountRequest {
+    /// An overlay, mounted on the host.
+    Overlay {
+        /// Without those that became `read_only`.
+        options: Vec<String>,
+        /// Not writable.
+        read_only: bool,
+    },
+    /// A directory of the host.
+    Bind {
+        /// The directory.
+        source: PathBuf,
+        /// With everything mounted below it.
+        recursive: bool,
+        /// Not writable.
+        read_only: bool,
+    },
+    /// A disk for the guest to mount.
+    Disk {
+        /// An image file or block device.
+        source: PathBuf,
+        /// "ext4" or "erofs".
+        filesystem: &'static str,
+        /// Options for the guest.
+        options: Vec<String>,
+        /// Not writable.
+        read_only: bool,
+    },
+}
+
+/// A root file system, ready for the guest.
+#[derive(Debug)]
+pub enum Rootfs {
+    /// Mounted in the container's part of the shared directory.
+    Shared,
+    /// A disk to attach.
+    Disk(Disk),
+}
+
+/// An opened disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// The image or device.
+    pub file: File,
+    /// What is on it.
+    pub filesystem: &'static str,
+    /// Options for the guest's mount.
+    pub options: Vec<String>,
+    /// Not writable.
+    pub read_only: bool,
+}
+
+impl MountRequest {
+    /// Understands containerd's mounts. None means that the root directory is there already.
+    ///
+    /// # Errors
+    /// What is not supported is named.
+    pub fn parse(mounts: &[Mount]) -> Result<Option<Self>, StorageError> {
+        match mounts {
+            [] => Ok(None),
+            [mount] => Self::parse_one(mount).map(Some),
+            several => Err(StorageError::SeveralMounts(several.len())),
+        }
+    }
+
+    fn parse_one(mount: &Mount) -> Result<Self, StorageError> {
+        let has = |name: &str| mount.options.iter().any(|option| option == name);
+        let unsupported = |option: &&String| {
+            option.starts_with("uidmap=")
+                || option.starts_with("gidmap=")
+                || option.starts_with("X-containerd.")
+        };
+        if let Some(option) = mount.options.iter().find(unsupported) {
+            return Err(StorageError::UnsupportedOption(option.clone()));
+        }
+        let read_only = has("ro");
+        let source = PathBuf::from(&mount.source);
+        let without = |names: &[&str]| {
+            let options = mount.options.iter().filter(|option| !names.contains(&option.as_str()));
+            options.cloned().collect::<Vec<_>>()
+        };
+        match mount.type_.as_str() {
+            "overlay" => Ok(Self::Overlay { options: without(&["ro", "rw"]), read_only }),
+            "bind" | "" if has("bind") || has("rbind") || mount.type_ == "bind" => {
+                Ok(Self::Bind { source, recursive: has("rbind"), read_only })
+            }
+            "ext4" => {
+                Ok(Self::Disk { source, filesystem: "ext4", options: without(&["loop", "rw"]), read_only })
+            }
+            "erofs" => Ok(Self::Disk {
+                source,
+                filesystem: "erofs",
+                options: without(&["loop", "rw"]),
+                read_only: true,
+            }),
+            other => Err(StorageError::UnknownType(other.to_owned())),
+        }
+    }
+
+    /// Makes the root file system, on `target` where it is a directory.
+    ///
+    /// # Errors
+    /// Nothing stays mounted.
+    pub fn realize(self, target: &Path) -> Result<Rootfs, StorageError> {
+        match self {
+            Self::Overlay { options, read_only } => mount_overlay(&options, read_only, target),
+            Self::Bind { source, recursive, read_only } => {
+                let attributes = Attributes { read_only, ..Attributes::default() };
+                bind(&source, target, recursive, attributes)?;
+                Ok(Rootfs::Shared)
+            }
+            Self::Disk { source, filesystem, options, read_only } => {
+                let file = open_disk(&source, read_only)?;
+                Ok(Rootfs::Disk(Disk { file, filesystem, options, read_only }))
+            }
+        }
+    }
+}
+
+fn mount_overlay(options: &[String], read_only: bool, target: &Path) -> Result<Rootfs, StorageError> {
+    let prepared = overlay::prepare(options)?;
+    let mut flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    let call = || mount(Some(Path::new("overlay")), target, Some("overlay"), flags, Some(&prepared.data));
+    let mounted = match &prepared.directory {
+        Some(directory) => in_directory(directory, call),
+        None => call(),
+    };
+    mounted.map_err(|source| StorageError::Mount { path: target.to_owned(), source })?;
+    Ok(Rootfs::Shared)
+}
+
+fn open_disk(path: &Path, read_only: bool) -> Result<File, StorageError> {
+    let failed = |source| StorageError::Source { path: path.to_owned(), source };
+    // Opening a fifo would wait for its other end.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(file)
+    } else {
+        Err(StorageError::NotADisk(path.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mount_of(kind: &str, source: &str, options: &[&str]) -> Mount {
+        Mount {
+            type_: kind.to_owned(),
+            source: source.to_owned(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Mount::default()
+        }
+    }
+
+    fn parse(kind: &str, source: &str, options: &[&str]) -> Result<Option<MountRequest>, StorageError> {
+        MountRequest::parse(&[mount_of(kind, source, options)])
+    }
+
+    #[test]
+    fn the_snapshotters_mounts_are_understood() {
+        assert_eq!(
+            parse("overlay", "overlay", &["index=off", "ro", "lowerdir=/a:/b"]).unwrap().unwrap(),
+            MountRequest::Overlay {
+                options: vec!["index=off".into(), "lowerdir=/a:/b".into()],
+                read_only: true
+            }
+        );
+        assert_eq!(
+            parse("bind", "/s", &["rbind", "rw"]).unwrap().unwrap(),
+            MountRequest::Bind { source: "/s".into(), recursive: true, read_only: false }
+        );
+        assert_eq!(
+            parse("ext4", "/img", &["loop", "rw", "noatime"]).unwrap().unwrap(),
+            MountRequest::Disk {
+                source: "/img".into(),
+                filesystem: "ext4",
+                options: vec!["noatime".into()],
+                read_only: false
+            }
+        );
+        assert!(matches!(
+            parse("erofs", "/img", &["loop"]).unwrap().unwrap(),
+            MountRequest::Disk { filesystem: "erofs", read_only: true, .. }
+        ));
+        assert_eq!(MountRequest::parse(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        assert!(parse("zfs", "x", &[]).unwrap_err().to_string().contains("\"zfs\""));
+        assert!(
+            parse("format/mkdir/overlay", "x", &[]).unwrap_err().to_string().contains("format/mkdir/overlay")
+        );
+        assert!(matches!(parse("", "/s", &[]), Err(StorageError::UnknownType(_))));
+        assert!(matches!(parse("overlay", "o", &["uidmap=0:1:2"]), Err(StorageError::UnsupportedOption(_))));
+        let two = [mount_of("bind", "/a", &[]), mount_of("bind", "/b", &[])];
+        assert!(matches!(MountRequest::parse(&two), Err(StorageError::SeveralMounts(2))));
+    }
+
+    #[test]
+    fn a_disk_is_a_file_or_a_block_device() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = |source: PathBuf| {
+            MountRequest::Disk { source, filesystem: "ext4", options: vec![], read_only: true }
+                .realize(Path::new("/x"))
+        };
+        assert!(matches!(disk(directory.path().join("none")), Err(StorageError::Source { .. })));
+        assert!(matches!(disk(directory.path().to_owned()), Err(StorageError::NotADisk(_))));
+        assert!(matches!(disk("/dev/null".into()), Err(StorageError::NotADisk(_))));
+        let image = directory.path().join("image");
+        std::fs::write(&image, "x").unwrap();
+        assert!(matches!(disk(image), Ok(Rootfs::Disk(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn only_disks_named_as_such_become_disks(kind in "(overlay|bind||ext4|erofs|[a-z]{1,5})", source in "/dev/[a-z]{1,4}") {
+            let parsed = parse(&kind, &source, &["loop"]);
+            let is_disk = matches!(parsed, Ok(Some(MountRequest::Disk { .. })));
+            prop_assert_eq!(is_disk, kind == "ext4" || kind == "erofs");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What the Task service answers when it cannot do what it is asked: a gRPC code and one sentence.
+
+use std::sync::Arc;
+
+use ttrpc::Code;
+
+use crate::agent_client::{AgentError, GuestCode};
+use crate::config::OptionsError;
+use crate::ids::InvalidName;
+use crate::oci::SpecError;
+use crate::stdio::StdioError;
+use crate::storage::StorageError;
+use crate::task::pod::BootError;
+use crate::vm::ControlError;
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    /// No such container.
+    #[error("container {0} not found")]
+    NoContainer(String),
+    /// No such exec.
+    #[error("process {exec_id} of container {id} not found")]
+    NoProcess {
+        /// The container.
+        id: String,
+        /// The exec.
+        exec_id: String,
+    },
+    /// The process has exited.
+    #[error("process already finished")]
+    Finished,
+    /// A container of that id is there.
+    #[error("container {0} already exists")]
+    ContainerExists(String),
+    /// An exec of that id is there.
+    #[error("exec {0} already exists")]
+    ExecExists(String),
+    /// The call does not fit the process's phase.
+    #[error("cannot {verb} a {phase} process")]
+    WrongPhase {
+        /// What was asked.
+        verb: &'static str,
+        /// What the process is.
+        phase: &'static str,
+    },
+    /// Not in this version.
+    #[error("{0} is not supported by this runtime")]
+    Unsupported(&'static str),
+    /// A field of the request.
+    #[error("{0}")]
+    Request(String),
+    /// Too late.
+    #[error("{0} took longer than the caller's deadline")]
+    Deadline(&'static str),
+    /// The VM is no more.
+    #[error("the pod's VM has ended: {0}")]
+    VmEnded(String),
+    /// The VM never was.
+    #[error("the VM cannot be started: {0}")]
+    Boot(Arc<BootError>),
+    /// An id that is none.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// `config.json`.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Runtime options.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// Root file system or volumes.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// Standard streams.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The VMM.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The guest.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A bug in the shim.
+    #[error("the shim failed to {0}; its log says more")]
+    Internal(&'static str),
+}
+
+impl TaskError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
+            Self::ContainerExists(_) | Self::ExecExists(_) => Code::ALREADY_EXISTS,
+            Self::WrongPhase { .. } | Self::VmEnded(_) => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Request(_) | Self::Name(_) | Self::Spec(_) | Self::Options(_) => Code::INVALID_ARGUMENT,
+            Self::Deadline(_) | Self::Control(ControlError::TimedOut) | Self::Agent(AgentError::TimedOut) => {
+                Code::DEADLINE_EXCEEDED
+            }
+            Self::Boot(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
+            Self::Boot(_) => Code::FAILED_PRECONDITION,
+            Self::Storage(StorageError::NoSlot) => Code::RESOURCE_EXHAUSTED,
+            Self::Storage(StorageError::Mount { .. }) => Code::UNKNOWN,
+            Self::Storage(_) | Self::Stdio(_) => Code::INVALID_ARGUMENT,
+            Self::Control(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
+            Self::Control(_) | Self::Internal(_) => Code::UNKNOWN,
+            Self::Agent(AgentError::Refused { code, .. }) => guest_code(*code),
+            Self::Agent(AgentError::Gone) => Code::UNAVAILABLE,
+        }
+    }
+}
+
+fn guest_code(code: GuestCode) -> Code {
+    match code {
+        GuestCode::NotFound => Code::NOT_FOUND,
+        GuestCode::AlreadyExists => Code::ALREADY_EXISTS,
+        GuestCode::InvalidArgument => Code::INVALID_ARGUMENT,
+        GuestCode::FailedPrecondition => Code::FAILED_PRECONDITION,
+        GuestCode::Unimplemented => Code::UNIMPLEMENTED,
+        GuestCode::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
+        GuestCode::Unknown => Code::UNKNOWN,
+    }
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        Self::RpcStatus(ttrpc::get_status(error.code(), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(error: TaskError) -> Code {
+        error.code()
+    }
+
+    #[test]
+    fn codes_are_those_that_containerd_acts_on() {
+        assert_eq!(code(TaskError::NoContainer("x".into())), Code::NOT_FOUND);
+        assert_eq!(code(TaskError::Finished), Code::NOT_FOUND);
+        assert_eq!(code(TaskError::ExecExists("x".into())), Code::ALREADY_EXISTS);
+        assert_eq!(
+            code(TaskError::WrongPhase { verb: "exec in", phase: "stopped" }),
+            Code::FAILED_PRECONDITION
+        );
+        assert_eq!(code(TaskError::Unsupported("checkpoint")), Code::UNIMPLEMENTED);
+        assert_eq!(code(AgentError::TimedOut.into()), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(StorageError::UnknownType("zfs".into()).into()), Code::INVALID_ARGUMENT);
+    }
+
+    #[test]
+    fn a_sentence_carries_no_debug_output() {
+        let error = ttrpc::Error::from(TaskError::WrongPhase { verb: "pause", phase: "stopped" });
+        let ttrpc::Error::RpcStatus(status) = error else { panic!("a status") };
+        assert_eq!(status.message, "cannot pause a stopped process");
+    }
+}

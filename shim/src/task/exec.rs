@@ -1,0 +1,162 @@
+//! Exec and Start.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::api::ExecProcessRequest;
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
+use containerd_shim_protos::protobuf::MessageField;
+use serde_json::{Map, Value};
+use tokio::time::Instant;
+use vmshim_protocol::agent as api;
+
+use super::TaskError;
+use super::container::{Container, Exec};
+use super::create::{blocking, connect, forget};
+use super::exits;
+use super::pod::Pod;
+use super::process::{Phase, Process};
+use crate::stdio::Streams;
+use crate::vm::Vm;
+
+/// Bytes of the longest exec id.
+const MAX_EXEC_ID: usize = 256;
+
+/// Adds a process to a running container. It is made in the guest by Start.
+///
+/// # Errors
+/// When the container does not run, the id is taken or the process is not described right.
+pub fn add(pod: &Pod, request: ExecProcessRequest) -> Result<(), TaskError> {
+    let container = pod.container(&request.id)?;
+    match container.init.phase() {
+        Phase::Running => {}
+        phase => return Err(TaskError::WrongPhase { verb: "exec in", phase: phase.name() }),
+    }
+    if request.exec_id.is_empty() || request.exec_id.len() > MAX_EXEC_ID {
+        return Err(TaskError::Request("exec_id must have from 1 to 256 bytes".to_owned()));
+    }
+    let spec = guest_process(&request.spec.value)?;
+    let streams = Streams {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.terminal,
+    };
+    let process = Arc::new(Process::new(request.exec_id.clone(), streams, Phase::Created));
+    container.add_exec(Exec { process, spec })?;
+    pod.events.publish(&TaskExecAdded {
+        container_id: request.id,
+        exec_id: request.exec_id,
+        ..TaskExecAdded::default()
+    });
+    Ok(())
+}
+
+/// The process object without what names the host's security modules.
+fn guest_process(json: &[u8]) -> Result<Vec<u8>, TaskError> {
+    let mut process: Map<String, Value> = serde_json::from_slice(json)
+        .map_err(|error| TaskError::Request(format!("the exec's spec is not an OCI process: {error}")))?;
+    let has_args = process.get("args").and_then(Value::as_array).is_some_and(|args| !args.is_empty());
+    if !has_args {
+        return Err(TaskError::Request("the exec's spec has no args".to_owned()));
+    }
+    process.remove("apparmorProfile");
+    process.remove("selinuxLabel");
+    serde_json::to_vec(&process).map_err(|_| TaskError::Internal("encode a process"))
+}
+
+/// Runs a created process and publishes that it runs, before anything that it does can be told.
+///
+/// # Errors
+/// When it is not created, its container does not run, or the guest cannot run it.
+pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -> Result<u32, TaskError> {
+    let container = pod.container(id)?;
+    let process = container.process(exec_id)?;
+    let vm = pod.vm()?.clone();
+    if !exec_id.is_empty() && container.init.phase() != Phase::Running {
+        return Err(TaskError::WrongPhase { verb: "exec in", phase: container.init.phase().name() });
+    }
+    process
+        .advance(Phase::Created, Phase::Starting)
+        .map_err(|phase| TaskError::WrongPhase { verb: "start", phase: phase.name() })?;
+    if let Err(error) = run(pod, &vm, &container, &process, deadline).await {
+        // Whether or not it ran for a moment, it is as it was before.
+        let _ = process.advance(Phase::Starting, Phase::Created);
+        process.take_early_exit();
+        return Err(error);
+    }
+    process.advance(Phase::Starting, Phase::Running).map_err(|_| TaskError::Internal("start a process"))?;
+    let pid = pod.task_pid();
+    if exec_id.is_empty() {
+        pod.events.publish(&TaskStart { container_id: id.to_owned(), pid, ..TaskStart::default() });
+    } else {
+        pod.events.publish(&TaskExecStarted {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            pid,
+            ..TaskExecStarted::default()
+        });
+    }
+    exits::apply_early_exit(pod, &container, &process);
+    Ok(pid)
+}
+
+async fn run(
+    pod: &Pod,
+    vm: &Arc<Vm>,
+    container: &Container,
+    process: &Process,
+    deadline: Instant,
+) -> Result<(), TaskError> {
+    if !process.exec_id.is_empty()
+        && let Err(error) = prepare(pod, vm, container, process, deadline).await
+    {
+        forget(vm, process, deadline).await;
+        return Err(error);
+    }
+    let request = api::ProcessRequest {
+        container_id: container.id.to_string(),
+        exec_id: process.exec_id.clone(),
+        ..Default::default()
+    };
+    pod.in_guest(vm, vm.agent().start_process(&request, deadline)).await.map(drop)
+}
+
+async fn prepare(
+    pod: &Pod,
+    vm: &Arc<Vm>,
+    container: &Container,
+    process: &Process,
+    deadline: Instant,
+) -> Result<(), TaskError> {
+    let streams = process.streams.clone();
+    let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
+    let opened = blocking("open stdio", move || streams.open(&namespace, &id)).await??;
+    let stdio = connect(vm, process, opened, deadline).await?;
+    let request = api::ExecProcessRequest {
+        container_id: container.id.to_string(),
+        exec_id: process.exec_id.clone(),
+        process: container.exec(&process.exec_id)?.spec.clone(),
+        stdio: MessageField::some(stdio),
+        ..Default::default()
+    };
+    pod.in_guest(vm, vm.agent().exec_process(&request, deadline)).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_without_a_program_is_refused() {
+        assert!(guest_process(b"{}").is_err());
+        assert!(guest_process(br#"{"args":[]}"#).is_err());
+        assert!(guest_process(b"[").is_err());
+    }
+
+    #[test]
+    fn the_hosts_security_modules_are_not_asked_for() {
+        let out = guest_process(br#"{"args":["a"],"apparmorProfile":"p","cwd":"/"}"#).unwrap();
+        let value: Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(value, serde_json::json!({ "args": ["a"], "cwd": "/" }));
+    }
+}

@@ -1,0 +1,280 @@
+//! The pod: one VM and the containers in it.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::TaskError;
+use super::container::Container;
+use crate::agent_client::AgentError;
+use crate::bootstrap::Serving;
+use crate::cgroup::{Cgroup, InvalidPath};
+use crate::config::{Config, ConfigError, OptionsError, RuntimeOptions};
+use crate::events::Publisher;
+use crate::ids::Name;
+use crate::oci::{Limits, Spec, SpecError};
+use crate::reaper::Reaper;
+use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo};
+use crate::storage::{SharedError, Slots, mount_shared};
+use crate::vm::{LaunchError, Launcher, Machine, Vm};
+
+/// How long to wait for the reason when the guest's connection breaks.
+const REASON_LIMIT: Duration = Duration::from_secs(1);
+
+/// The longest part of a caller's deadline that is kept for the answer's way back.
+const MAX_MARGIN: Duration = Duration::from_millis(500);
+
+/// Why a pod has no VM.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// Runtime options.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// Configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// `config.json`.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The cgroup's name.
+    #[error(transparent)]
+    Cgroup(#[from] InvalidPath),
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The VMM or what it needs.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+}
+
+impl BootError {
+    /// Whether the caller's own input is at fault.
+    pub fn is_invalid(&self) -> bool {
+        matches!(self, Self::Options(_) | Self::Spec(_) | Self::Cgroup(_))
+    }
+}
+
+impl From<SharedError> for LaunchError {
+    fn from(error: SharedError) -> Self {
+        match error {
+            SharedError::State(error) => Self::State(error),
+            SharedError::Storage(error) => Self::Host(std::io::Error::other(error)),
+        }
+    }
+}
+
+/// A pod, as the Task service sees it.
+pub struct Pod {
+    /// containerd's namespace.
+    pub namespace: Name,
+    /// Where its events go.
+    pub events: Publisher,
+    /// The VM's disk slots.
+    pub slots: Slots,
+    /// Its state on the host.
+    pub dir: PodDir,
+    vm: Result<Arc<Vm>, Arc<BootError>>,
+    request_timeout: Duration,
+    containers: Mutex<BTreeMap<Name, Arc<Container>>>,
+    shutdown: Notify,
+}
+
+impl Pod {
+    /// Starts the pod's VM and comes back while it boots. What is wrong is kept for Create to tell.
+    pub fn boot(
+        serving: &Serving,
+        reaper: &Reaper,
+        events: Publisher,
+        config: Result<Config, BootError>,
+    ) -> Arc<Self> {
+        let settings = config.as_ref().cloned().unwrap_or_default();
+        let dir = PodDir::new(&settings.runtime.state_dir, &serving.namespace, &serving.group);
+        let vm = config.and_then(|config| launch(serving, &config, &dir, reaper)).map_err(|error| {
+            log::error!("the VM cannot be started: {error}");
+            Arc::new(error)
+        });
+        let pod = Arc::new(Self {
+            namespace: serving.namespace.clone(),
+            events,
+            slots: Slots::new(settings.hypervisor.disk_slots),
+            dir,
+            vm,
+            request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
+            containers: Mutex::default(),
+            shutdown: Notify::new(),
+        });
+        if let Ok(vm) = &pod.vm {
+            super::exits::watch(&pod, vm);
+        }
+        pod
+    }
+
+    /// The VM.
+    ///
+    /// # Errors
+    /// Why there is none, or why it has ended.
+    pub fn vm(&self) -> Result<&Arc<Vm>, TaskError> {
+        let vm = self.vm.as_ref().map_err(|error| TaskError::Boot(error.clone()))?;
+        match vm.end() {
+            Some(end) => Err(TaskError::VmEnded(end.sentence())),
+            None => Ok(vm),
+        }
+    }
+
+    /// The VM while it lives.
+    pub fn living_vm(&self) -> Option<&Arc<Vm>> {
+        self.vm().ok()
+    }
+
+    /// The host's process that stands for every process in the guest. The one place that decides it.
+    pub fn task_pid(&self) -> u32 {
+        self.vm.as_ref().map_or(0, |vm| vm.pid())
+    }
+
+    /// A container.
+    ///
+    /// # Errors
+    /// When there is none of that id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let found = Name::new(id).ok().and_then(|id| self.table().get(&id).cloned());
+        found.ok_or_else(|| TaskError::NoContainer(id.chars().take(128).collect()))
+    }
+
+    /// All containers.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        self.table().values().cloned().collect()
+    }
+
+    /// Adds a container.
+    ///
+    /// # Errors
+    /// When there is one of that id.
+    pub fn add(&self, container: &Arc<Container>) -> Result<(), TaskError> {
+        let mut table = self.table();
+        if table.contains_key(&container.id) {
+            return Err(TaskError::ContainerExists(container.id.to_string()));
+        }
+        table.insert(container.id.clone(), container.clone());
+        Ok(())
+    }
+
+    /// Forgets a container.
+    pub fn remove(&self, id: &Name) {
+        self.table().remove(id);
+    }
+
+    /// When a call must be done: a little before the caller gives up, so that it gets an answer.
+    pub fn deadline(&self, timeout_nano: i64) -> Instant {
+        let timeout = match u64::try_from(timeout_nano) {
+            Ok(nanos) if nanos > 0 => Duration::from_nanos(nanos),
+            _ => self.request_timeout,
+        };
+        Instant::now() + timeout.saturating_sub(MAX_MARGIN.min(timeout / 10))
+    }
+
+    /// Awaits a call to the guest, which the VM's end cuts short.
+    ///
+    /// # Errors
+    /// The call's own, or why the VM ended.
+    pub async fn in_guest<T>(
+        &self,
+        vm: &Vm,
+        call: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, TaskError> {
+        tokio::select! {
+            biased;
+            result = call => match result {
+                // The VMM tells why, on another socket.
+                Err(AgentError::Gone) => match tokio::time::timeout(REASON_LIMIT, vm.ended()).await {
+                    Ok(end) => Err(TaskError::VmEnded(end.sentence())),
+                    Err(_) => Err(AgentError::Gone.into()),
+                },
+                other => Ok(other?),
+            },
+            end = vm.ended() => Err(TaskError::VmEnded(end.sentence())),
+        }
+    }
+
+    /// Asks the process to end.
+    pub fn request_shutdown(&self) {
+        self.shutdown.notify_one();
+    }
+
+    /// Waits until somebody asks.
+    pub async fn shutdown_requested(&self) {
+        self.shutdown.notified().await;
+    }
+
+    /// Ends the VM, tells what that ended, and undoes everything on the host.
+    pub async fn wind_up(&self) {
+        if let Ok(vm) = &self.vm {
+            vm.stop().await;
+            super::exits::all_ended(self);
+        }
+        self.events.flush(Duration::from_secs(3)).await;
+        if let Err(error) = undo(&self.dir) {
+            log::error!("something is left for `delete` to undo: {error}");
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<Name, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runtime options and the configuration they lead to.
+///
+/// # Errors
+/// When either is not understood.
+pub fn configure(serving: &Serving) -> Result<(RuntimeOptions, Config), BootError> {
+    let mut options = RuntimeOptions::default();
+    for any in &serving.options {
+        let parsed = RuntimeOptions::from_any(any)?;
+        if parsed != RuntimeOptions::default() {
+            options = parsed;
+        }
+    }
+    let config = Config::load(&options)?;
+    Ok((options, config))
+}
+
+fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> Result<Arc<Vm>, BootError> {
+    let spec = Spec::read(&serving.bundle)?;
+    let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
+    let journal = begin_journal(serving, config, dir)?;
+    let launcher = Launcher {
+        config,
+        machine: Machine::new(config, &Limits::of(&spec)),
+        id: serving.group.as_str(),
+        shared: &dir.shared(),
+        cgroup,
+        oom_score: spec.oom_score(),
+        debug: log::log_enabled!(log::Level::Debug),
+    };
+    Ok(launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?)
+}
+
+fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Journal, StateError> {
+    // The socket is ours, so whoever left this behind is dead or dying.
+    if dir.path().exists() {
+        undo(dir)?;
+    }
+    let pointer = serving.bundle.join(crate::STATE_DIR_FILE);
+    if config.runtime.state_dir != Config::default().runtime.state_dir {
+        let text = config.runtime.state_dir.to_string_lossy();
+        std::fs::write(&pointer, text.as_bytes()).map_err(|source| StateError { path: pointer, source })?;
+    }
+    dir.create()?;
+    let journal = Journal::create(dir.journal())?;
+    let own =
+        ProcessId::of_self().map_err(|source| StateError { path: PathBuf::from("/proc/self"), source })?;
+    // Undone last first, so the shim is the last to go.
+    journal.intend(&Entry::File(serving.socket.clone()))?;
+    journal.intend(&Entry::Shim(own))?;
+    Ok(journal)
+}

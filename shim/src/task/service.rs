@@ -1,0 +1,281 @@
+//! The Task service's methods, under both of its names.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
+    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
+    WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use containerd_shim_protos::shim_async::{Task, create_task};
+use ttrpc::asynchronous::{Service as Dispatch, TtrpcContext};
+use vmshim_protocol::agent as api;
+
+use super::container::Container;
+use super::pod::Pod;
+use super::process::{Phase, Process};
+use super::{TaskError, create, delete, exec, signal};
+
+const SERVICE_V3: &str = "containerd.task.v3.Task";
+const SERVICE_V2: &str = "containerd.task.v2.Task";
+
+/// What metrics are encoded as. Consumers go by this, not by the host's cgroup version.
+const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+const PROCESS_DETAILS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
+
+/// The methods, to be registered with a server: the two versions differ in name only.
+pub fn services(pod: &Arc<Pod>) -> HashMap<String, Dispatch> {
+    let mut both = HashMap::new();
+    for name in [SERVICE_V3, SERVICE_V2] {
+        let service = Service { pod: pod.clone() };
+        let methods = create_task(Arc::new(service)).remove(SERVICE_V3);
+        both.extend(methods.map(|methods| (name.to_owned(), methods)));
+    }
+    both
+}
+
+struct Service {
+    pod: Arc<Pod>,
+}
+
+impl Service {
+    fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), TaskError> {
+        let container = self.pod.container(id)?;
+        let process = container.process(exec_id)?;
+        Ok((container, process))
+    }
+
+    /// Freezes or thaws a container: a phase is left before the guest is asked, and only the right one.
+    async fn change_phase(
+        &self,
+        context: &TtrpcContext,
+        id: &str,
+        from: Phase,
+        to: Phase,
+        verb: &'static str,
+    ) -> Result<(), TaskError> {
+        let container = self.pod.container(id)?;
+        if container.init.phase() != from {
+            return Err(TaskError::WrongPhase { verb, phase: container.init.phase().name() });
+        }
+        let vm = self.pod.vm()?;
+        let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        let deadline = self.pod.deadline(context.timeout_nano);
+        if to == Phase::Paused {
+            self.pod.in_guest(vm, vm.agent().pause_container(&request, deadline)).await?;
+        } else {
+            self.pod.in_guest(vm, vm.agent().resume_container(&request, deadline)).await?;
+        }
+        container.init.advance(from, to).map_err(|phase| TaskError::WrongPhase { verb, phase: phase.name() })
+    }
+}
+
+/// Carries a call through even if its caller goes away.
+async fn detached<T: Send + 'static>(
+    what: &'static str,
+    call: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> Result<T, TaskError> {
+    tokio::spawn(call).await.unwrap_or(Err(TaskError::Internal(what)))
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let (container, process) = self.process(&request.id, &request.exec_id)?;
+        let phase = process.phase();
+        let status = match phase {
+            Phase::Creating | Phase::Created => Status::CREATED,
+            Phase::Starting | Phase::Running => Status::RUNNING,
+            Phase::Paused => Status::PAUSED,
+            Phase::Stopped(_) => Status::STOPPED,
+        };
+        let mut response = StateResponse {
+            id: container.id.to_string(),
+            bundle: container.bundle.to_string_lossy().into_owned(),
+            pid: self.pod.task_pid(),
+            status: status.into(),
+            stdin: process.streams.stdin.clone(),
+            stdout: process.streams.stdout.clone(),
+            stderr: process.streams.stderr.clone(),
+            terminal: process.streams.terminal,
+            exec_id: process.exec_id.clone(),
+            ..StateResponse::default()
+        };
+        if let Phase::Stopped(exit) = phase {
+            response.exit_status = exit.status;
+            response.exited_at = MessageField::some(exit.at.into());
+        }
+        Ok(response)
+    }
+
+    async fn create(
+        &self,
+        context: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let pod = self.pod.clone();
+        let deadline = pod.deadline(context.timeout_nano);
+        let pid = detached("create", async move { create::create(&pod, request, deadline).await }).await?;
+        Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+    }
+
+    async fn start(&self, context: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let pod = self.pod.clone();
+        let deadline = pod.deadline(context.timeout_nano);
+        let call = async move { exec::start(&pod, &request.id, &request.exec_id, deadline).await };
+        Ok(StartResponse { pid: detached("start", call).await?, ..StartResponse::default() })
+    }
+
+    async fn delete(&self, context: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let pod = self.pod.clone();
+        let deadline = pod.deadline(context.timeout_nano);
+        let call = async move { delete::delete(&pod, &request.id, &request.exec_id, deadline).await };
+        let exit = detached("delete", call).await?;
+        Ok(DeleteResponse {
+            pid: self.pod.task_pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..DeleteResponse::default()
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let container = self.pod.container(&request.id)?;
+        let live = container.execs().into_iter().filter(|exec| exec.phase().is_live());
+        // The init is listed as long as the container is there: containerd takes an empty list for a leaked shim.
+        let processes = [container.init.clone()].into_iter().chain(live).map(|process| ProcessInfo {
+            pid: self.pod.task_pid(),
+            info: process_details(&process.exec_id).into(),
+            ..ProcessInfo::default()
+        });
+        Ok(PidsResponse { processes: processes.collect(), ..PidsResponse::default() })
+    }
+
+    async fn pause(&self, context: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.change_phase(context, &request.id, Phase::Running, Phase::Paused, "pause").await?;
+        self.pod.events.publish(&TaskPaused { container_id: request.id, ..TaskPaused::default() });
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, context: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.change_phase(context, &request.id, Phase::Paused, Phase::Running, "resume").await?;
+        self.pod.events.publish(&TaskResumed { container_id: request.id, ..TaskResumed::default() });
+        Ok(Empty::default())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(TaskError::Unsupported("checkpoint").into())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        signal::kill(&self.pod, &request.id, &request.exec_id, request.signal, request.all).await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        exec::add(&self.pod, request)?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, context: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        if !process.streams.terminal || !process.phase().is_live() && process.phase() != Phase::Created {
+            return Ok(Empty::default());
+        }
+        let vm = self.pod.vm()?;
+        let size = api::ResizePtyRequest {
+            container_id: request.id,
+            exec_id: request.exec_id,
+            width: request.width,
+            height: request.height,
+            ..Default::default()
+        };
+        let deadline = self.pod.deadline(context.timeout_nano);
+        self.pod.in_guest(vm, vm.agent().resize_pty(&size, deadline)).await?;
+        Ok(Empty::default())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        if request.stdin {
+            process.close_stdin();
+        }
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, context: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.pod.container(&request.id)?;
+        if container.is_stopped() {
+            return Err(TaskError::WrongPhase { verb: "update", phase: "stopped" }.into());
+        }
+        let vm = self.pod.vm()?;
+        let update = api::UpdateContainerRequest {
+            container_id: request.id,
+            resources: request.resources.into_option().unwrap_or_default().value,
+            ..Default::default()
+        };
+        let deadline = self.pod.deadline(context.timeout_nano);
+        self.pod.in_guest(vm, vm.agent().update_container(&update, deadline)).await?;
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let (_, process) = self.process(&request.id, &request.exec_id)?;
+        let exit = process.exited().await;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn stats(&self, context: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let container = self.pod.container(&request.id)?;
+        if container.is_stopped() {
+            // Its cgroup is gone; containerd skips such a container silently.
+            return Err(TaskError::Finished.into());
+        }
+        let vm = self.pod.vm()?;
+        let ask = api::ContainerRequest { container_id: request.id, ..Default::default() };
+        let deadline = self.pod.deadline(context.timeout_nano);
+        let stats = self.pod.in_guest(vm, vm.agent().stats(&ask, deadline)).await?;
+        let metrics = Any { type_url: METRICS_TYPE.to_owned(), value: stats.metrics, ..Any::default() };
+        Ok(StatsResponse { stats: MessageField::some(metrics), ..StatsResponse::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let task_pid = if self.pod.container(&request.id).is_ok() { self.pod.task_pid() } else { 0 };
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let in_use = self
+            .pod
+            .containers()
+            .iter()
+            .any(|container| container.id.as_str() != request.id || !container.is_stopped());
+        if !in_use {
+            self.pod.request_shutdown();
+        }
+        Ok(Empty::default())
+    }
+}
+
+fn process_details(exec_id: &str) -> Option<Any> {
+    if exec_id.is_empty() {
+        return None;
+    }
+    let details = ProcessDetails { exec_id: exec_id.to_owned(), ..ProcessDetails::default() };
+    let value = details.write_to_bytes().ok()?;
+    Some(Any { type_url: PROCESS_DETAILS_TYPE.to_owned(), value, ..Any::default() })
+}

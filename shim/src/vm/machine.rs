@@ -1,0 +1,64 @@
+//! How large a pod's machine is.
+
+use crate::config::Config;
+use crate::oci::Limits;
+
+/// Size of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Machine {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest RAM.
+    pub memory_mib: u32,
+}
+
+impl Machine {
+    /// Sizes the machine by the pod's limits, within what the administrator allows. Without a limit, the default; a
+    /// CPU limit says nothing about memory and the other way round.
+    pub fn new(config: &Config, limits: &Limits) -> Self {
+        let vm = &config.hypervisor;
+        let vcpus = limits.cpus().map_or(vm.default_vcpus, |cpus| u8::try_from(cpus).unwrap_or(u8::MAX));
+        let memory_mib = limits.memory_bytes().map_or(vm.default_memory_mib, |bytes| {
+            let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+            mib.saturating_add(vm.overhead_memory_mib)
+        });
+        Self {
+            vcpus: vcpus.clamp(1, vm.max_vcpus),
+            memory_mib: memory_mib.max(vm.min_memory_mib).min(vm.max_memory_mib),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn machine(quota: i64, period: u64, memory: i64) -> (u8, u32) {
+        let machine = Machine::new(&Config::default(), &Limits { quota, period, memory });
+        (machine.vcpus, machine.memory_mib)
+    }
+
+    #[test]
+    fn limits_round_up_and_add_the_overhead() {
+        assert_eq!(machine(0, 0, 0), (1, 512));
+        assert_eq!(machine(150_000, 100_000, 0), (2, 512));
+        assert_eq!(machine(50_000, 100_000, 300 << 20), (1, 364));
+        assert_eq!(machine(-1, 100_000, (256 << 20) + 1), (1, 321));
+    }
+
+    #[test]
+    fn limits_stay_within_the_administrators_bounds() {
+        assert_eq!(machine(i64::MAX, 1, i64::MAX), (32, 262_144));
+        assert_eq!(machine(1, u64::MAX, 1), (1, 128));
+    }
+
+    proptest! {
+        #[test]
+        fn any_limits_give_a_machine(quota: i64, period: u64, memory: i64) {
+            let (vcpus, memory) = machine(quota, period, memory);
+            prop_assert!((1..=32).contains(&vcpus) && (128..=262_144).contains(&memory));
+        }
+    }
+}

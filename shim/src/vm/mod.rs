@@ -1,0 +1,143 @@
+//! The virtual machine: starting the VMM, talking to it, and learning of its end.
+//!
+//! The VMM opens nothing itself; every file it needs is opened here and passed to it. Once a workload runs, the VMM
+//! is taken to be in the guest's hands: what it sends is parsed, bounded and never trusted. Everything runs on the
+//! shim's one thread; no lock is held over an await.
+
+mod control;
+mod end;
+mod files;
+mod launch;
+mod machine;
+mod process;
+mod streams;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use vmshim_protocol::control::{Command, FdRole};
+
+pub use control::ControlError;
+pub use end::End;
+pub use launch::{LaunchError, Launcher};
+pub use machine::Machine;
+pub use streams::{Closed, Port};
+
+use crate::agent_client::AgentConnection;
+use control::Control;
+use streams::Streams;
+
+/// How long the VMM may take to obey `Stop` before it is killed.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// A running VMM and the guest in it.
+pub struct Vm {
+    control: Arc<Control>,
+    streams: Arc<Streams>,
+    agent: AgentConnection,
+    pid: u32,
+    end: watch::Receiver<Option<Arc<End>>>,
+    gone: watch::Receiver<bool>,
+}
+
+impl Vm {
+    /// The VMM's process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The guest's agent. Calls made before the guest is up wait for it.
+    pub fn agent(&self) -> &AgentConnection {
+        &self.agent
+    }
+
+    /// How the VM ended, when it has.
+    pub fn end(&self) -> Option<Arc<End>> {
+        self.end.borrow().clone()
+    }
+
+    /// Waits for the VM's end.
+    pub async fn ended(&self) -> Arc<End> {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await {
+            Ok(end) => end.as_ref().map_or_else(|| Arc::new(End::lost()), Arc::clone),
+            Err(_) => Arc::new(End::lost()),
+        }
+    }
+
+    /// Connects the guest's next connection to a fresh port with the descriptors.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn expect(
+        &self,
+        fds: &[(FdRole, BorrowedFd<'_>)],
+        deadline: Instant,
+    ) -> Result<(Port, Closed), ControlError> {
+        let (port, closed) = self.streams.open()?;
+        let command = Command::Expect { port: port.0 };
+        if let Err(error) = self.control.request(command, fds, deadline).await {
+            self.streams.close(port);
+            return Err(error);
+        }
+        Ok((port, closed))
+    }
+
+    /// Takes a port back and resets its connection; the stream's [`Closed`] comes true. A VMM that does not answer
+    /// changes nothing.
+    pub async fn forget(&self, port: Port, deadline: Instant) {
+        let _ = self.control.request(Command::Forget { port: port.0 }, &[], deadline).await;
+        self.streams.close(port);
+    }
+
+    /// Puts a disk into an empty slot.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn attach_disk(
+        &self,
+        slot: u8,
+        disk: BorrowedFd<'_>,
+        read_only: bool,
+        deadline: Instant,
+    ) -> Result<(), ControlError> {
+        self.control.request(Command::AttachDisk { slot, read_only }, &[(FdRole::Disk, disk)], deadline).await
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn detach_disk(&self, slot: u8, deadline: Instant) -> Result<(), ControlError> {
+        self.control.request(Command::DetachDisk { slot }, &[], deadline).await
+    }
+
+    /// Ends the VM, by force if need be, and waits until the VMM's process is gone.
+    pub async fn stop(&self) {
+        let deadline = Instant::now() + STOP_LIMIT;
+        let _ = self.control.request(Command::Stop, &[], deadline).await;
+        let mut gone = self.gone.clone();
+        if tokio::time::timeout_at(deadline, gone.wait_for(|gone| *gone)).await.is_err() {
+            log::warn!("the VMM does not stop and is killed");
+            self.kill();
+            let _ = tokio::time::timeout(STOP_LIMIT, gone.wait_for(|gone| *gone)).await;
+        }
+    }
+
+    fn kill(&self) {
+        // The pid cannot have been recycled: it is ours until `gone` says that it was reaped.
+        if !*self.gone.borrow()
+            && let Ok(pid) = i32::try_from(self.pid)
+        {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Completes when a child has been reaped.
+pub type Reaped = oneshot::Receiver<nix::sys::wait::WaitStatus>;
