@@ -1,3 +1,18 @@
-//! Placeholder until the first commit of this crate.
+//! The program: the guest's first process, or the engine that it starts to make a container.
 
-fn main() {}
+use std::process::ExitCode;
+use vmshim_agent::{boot, engine, log, power};
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).is_some_and(|argument| argument == engine::COMMAND) {
+        return engine::main();
+    }
+    if std::process::id() != 1 {
+        eprintln!("vmshim-agent is the first process of a virtual machine and does nothing elsewhere.");
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = boot::run() {
+        log::error(&format!("{error:#}"));
+    }
+    power::off()
+}

@@ -1,0 +1,150 @@
+//! The shim's requests in the engine's words: the one place where protobuf becomes our own types.
+
+use crate::engine::spec::{CONTAINER_NAMESPACE, Namespaces};
+use crate::engine::wire::{Disk, Root, Size};
+use crate::failure::{Failure, Kind};
+use oci_spec::runtime::LinuxNamespaceType;
+use serde::Deserialize;
+use std::path::PathBuf;
+use vmshim_protocol::agent::root_filesystem::Source;
+use vmshim_protocol::agent::{self as proto, RootFilesystem, Stdio};
+
+/// The few parts of a spec that the agent itself has to know; the engine reads all of it.
+#[derive(Debug, Default, Deserialize)]
+struct Outline {
+    #[serde(default)]
+    linux: LinuxOutline,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct LinuxOutline {
+    #[serde(default)]
+    namespaces: Vec<NamespaceOutline>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NamespaceOutline {
+    #[serde(rename = "type")]
+    kind: LinuxNamespaceType,
+    path: Option<String>,
+}
+
+/// The namespaces of a spec, and the ids of the containers whose are joined.
+pub fn namespaces(spec: &[u8]) -> Result<(Namespaces, Vec<(i32, String)>), Failure> {
+    let outline: Outline =
+        serde_json::from_slice(spec).map_err(|error| invalid(format!("config.json: {error}")))?;
+    let mut namespaces = Namespaces::default();
+    let mut joined = Vec::new();
+    for namespace in outline.linux.namespaces {
+        let before = namespaces.joined;
+        namespaces.add(namespace.kind, namespace.path.as_deref())?;
+        let flag = namespaces.joined & !before;
+        if flag == 0 {
+            continue;
+        }
+        let path = namespace.path.unwrap_or_default();
+        joined.push((flag, path.strip_prefix(CONTAINER_NAMESPACE).unwrap_or_default().to_owned()));
+    }
+    Ok((namespaces, joined))
+}
+
+/// The root file system of a request.
+pub fn root(rootfs: &RootFilesystem) -> Result<Root, Failure> {
+    match &rootfs.source {
+        Some(Source::Shared(path)) => Ok(Root::Shared(relative("rootfs.shared", path)?)),
+        Some(Source::Disk(it)) => Ok(Root::Disk(disk(it))),
+        Some(Source::Overlay(overlay)) => {
+            let upper = match overlay.upper.as_ref() {
+                None => None,
+                Some(upper) => {
+                    let path = relative("rootfs.overlay.upper_path", &overlay.upper_path)?;
+                    let work = relative("rootfs.overlay.work_path", &overlay.work_path)?;
+                    if path.as_os_str().is_empty() || work.as_os_str().is_empty() || path == work {
+                        return Err(invalid(
+                            "rootfs.overlay: upper and work must be two directories of the disk",
+                        ));
+                    }
+                    Some((disk(upper), path, work))
+                }
+            };
+            Ok(Root::Overlay { lowers: overlay.lowers.iter().map(disk).collect(), upper })
+        }
+        _ => Err(invalid("rootfs: says neither shared directory nor disk nor overlay")),
+    }
+}
+
+/// The terminal's size where one is asked for.
+pub fn terminal(stdio: &Stdio) -> Result<Option<Size>, Failure> {
+    stdio.terminal.then(|| size(stdio.width, stdio.height)).transpose()
+}
+
+/// A terminal's size.
+pub fn size(width: u32, height: u32) -> Result<Size, Failure> {
+    let fit = |value: u32| {
+        u16::try_from(value).map_err(|_| invalid("a terminal has at most 65535 rows and columns"))
+    };
+    Ok(Size { width: fit(width)?, height: fit(height)? })
+}
+
+fn disk(disk: &proto::Disk) -> Disk {
+    Disk { slot: disk.slot, filesystem: disk.filesystem.clone(), options: disk.options.clone() }
+}
+
+/// A path that stays below where it begins. Links on the way are the opener's business.
+fn relative(field: &str, path: &str) -> Result<PathBuf, Failure> {
+    use std::path::Component;
+    let mut inside = PathBuf::new();
+    for component in PathBuf::from(path.trim_start_matches('/')).components() {
+        match component {
+            Component::Normal(name) => inside.push(name),
+            Component::CurDir => {}
+            _ => return Err(invalid(format!("{field}: {path:?} leads out of its directory"))),
+        }
+    }
+    Ok(inside)
+}
+
+fn invalid(message: impl Into<String>) -> Failure {
+    Failure::new(Kind::InvalidArgument, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn joined_containers_are_found() {
+        let spec =
+            br#"{"linux":{"namespaces":[{"type":"mount"},{"type":"ipc","path":"vmshim-container:pod"}]}}"#;
+        let (namespaces, joined) = namespaces(spec).unwrap();
+        assert_eq!(namespaces.joined, libc::CLONE_NEWIPC);
+        assert_eq!(joined, [(libc::CLONE_NEWIPC, "pod".to_owned())]);
+    }
+
+    #[test]
+    fn malformed_json_is_the_callers_fault() {
+        assert_eq!(namespaces(b"{").unwrap_err().kind, Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn terminals_have_bounds() {
+        assert_eq!(size(80, 24).unwrap(), Size { width: 80, height: 24 });
+        assert!(size(70_000, 24).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn relative_paths_never_climb(path in "[a./]{0,20}") {
+            if let Ok(inside) = relative("x", &path) {
+                let climbs = inside.components().any(|c| !matches!(c, std::path::Component::Normal(_)));
+                prop_assert!(!climbs);
+            }
+        }
+
+        #[test]
+        fn any_spec_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = namespaces(&bytes);
+        }
+    }
+}

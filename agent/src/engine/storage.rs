@@ -1,0 +1,203 @@
+//! Root file systems: a shared directory, a disk, or layers of disks, mounted below the container's own directory.
+//!
+//! A disk's slot may have been filled only a moment ago. The kernel says in its log that a disk's size has changed (it
+//! sends no uevent for a change from zero), so the log is what is waited on; what counts is the size then read.
+
+use super::error::{Context, Error, Result};
+use super::rootfs::mounts::{open_location, open_shared};
+use super::rootfs::options::MountOptions;
+use super::rootfs::tree::Tree;
+use super::wire::{Disk, Root};
+use crate::sys::mountfd::{self, FsContext};
+use nix::fcntl::{OFlag, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The directory below a container's own where its root file system is mounted.
+pub const ROOT: &str = "rootfs";
+const LOWER: &str = "lower";
+const UPPER: &str = "upper";
+const MOST_LAYERS: usize = 500;
+/// The disk is attached before the agent is asked; more than an interrupt's way is never needed.
+const DISK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Mounts a root file system and says where.
+pub fn mount(root: &Root, directory: &Path, shared: &Path) -> Result<PathBuf> {
+    let goal = directory.join(ROOT);
+    match root {
+        Root::Shared(relative) => {
+            let source = open_shared(shared, relative)
+                .doing(|| format!("open the shared root file system {}", relative.display()))?;
+            bind(&source, &goal)?;
+        }
+        Root::Directory(path) => {
+            let source = open_location(path).doing(|| format!("open {}", path.display()))?;
+            bind(&source, &goal)?;
+        }
+        Root::Disk(disk) => mount_disk(disk, &goal)?,
+        Root::Overlay { lowers, upper } => mount_overlay(lowers, upper.as_ref(), directory, &goal)?,
+    }
+    Ok(goal)
+}
+
+fn bind(source: &OwnedFd, goal: &Path) -> Result<()> {
+    let doing = || "bind the root file system";
+    let copy = mountfd::clone_tree(source.as_fd(), Path::new(""), true).doing(doing)?;
+    attach(&copy, goal)
+}
+
+fn attach(mount: &OwnedFd, goal: &Path) -> Result<()> {
+    let doing = || format!("mount {}", goal.display());
+    fs::create_dir_all(goal).doing(doing)?;
+    let goal = open_location(goal).doing(doing)?;
+    mountfd::attach(mount.as_fd(), goal.as_fd()).doing(doing)
+}
+
+fn mount_disk(disk: &Disk, goal: &Path) -> Result<()> {
+    let shown = format!("the disk in slot {}", disk.slot);
+    if !matches!(disk.filesystem.as_str(), "ext4" | "erofs") {
+        return Err(Error::unsupported(
+            format!("rootfs file system \"{}\"", disk.filesystem),
+            "it mounts ext4 and erofs",
+        ));
+    }
+    let options = MountOptions::parse(&disk.options, &shown)?;
+    if options.bind.is_some() || options.id_map.is_some() || options.copy_up {
+        return Err(Error::invalid(shown, "has an option that means nothing for a disk"));
+    }
+    let device = wait_for(disk.slot)?;
+    let doing = || format!("mount {shown} as {}", disk.filesystem);
+    let context = FsContext::open(&disk.filesystem).doing(doing)?;
+    context.set_string("source", &device.to_string_lossy()).doing(doing)?;
+    if options.read_only() {
+        context.set_flag("ro").doing(doing)?;
+    }
+    for (key, value) in &options.data {
+        match value {
+            Some(value) => context.set_string(key, value),
+            None => context.set_flag(key),
+        }
+        .map_err(|error| {
+            Error::invalid(
+                format!("{shown} option \"{key}\""),
+                context.complaint().unwrap_or(error.to_string()),
+            )
+        })?;
+    }
+    let mount = context.mount(options.attributes.set).doing(doing)?;
+    attach(&mount, goal)
+}
+
+fn mount_overlay(
+    lowers: &[Disk],
+    upper: Option<&(Disk, PathBuf, PathBuf)>,
+    directory: &Path,
+    goal: &Path,
+) -> Result<()> {
+    if lowers.is_empty() || lowers.len() > MOST_LAYERS {
+        return Err(Error::invalid(
+            "rootfs.overlay",
+            format!("has {} layers; 1 to {MOST_LAYERS} work", lowers.len()),
+        ));
+    }
+    let doing = || "put the layers of the root file system together";
+    let context = FsContext::open("overlay").doing(doing)?;
+    context.set_string("source", "overlay").doing(doing)?;
+    for (number, lower) in lowers.iter().enumerate() {
+        let place = directory.join(LOWER).join(number.to_string());
+        mount_disk(lower, &place)?;
+        context.set_string("lowerdir+", &place.to_string_lossy()).doing(doing)?;
+    }
+    let place = directory.join(UPPER);
+    let (upper, work) = match upper {
+        Some((disk, upper, work)) => {
+            mount_disk(disk, &place)?;
+            (inside(&place, upper)?, inside(&place, work)?)
+        }
+        None => {
+            let context = FsContext::open("tmpfs").doing(doing)?;
+            context.set_string("mode", "0755").doing(doing)?;
+            attach(&context.mount(0).doing(doing)?, &place)?;
+            (inside(&place, Path::new("fs"))?, inside(&place, Path::new("work"))?)
+        }
+    };
+    // By descriptor, so that nothing in the disk decides where these paths lead.
+    for (key, fd) in [("upperdir", &upper), ("workdir", &work)] {
+        context.set_string(key, &format!("/proc/self/fd/{}", fd.as_raw_fd())).doing(doing)?;
+    }
+    attach(&context.mount(0).doing(doing)?, goal)
+}
+
+/// A directory in a disk's own tree, made where missing.
+fn inside(place: &Path, path: &Path) -> Result<OwnedFd> {
+    let doing = || format!("make {} of the root file system", path.display());
+    let tree = Tree::new(open_location(place).doing(doing)?);
+    tree.directory(path).doing(doing)
+}
+
+/// The device with the slot's serial number, once it has a size.
+fn wait_for(slot: u32) -> Result<PathBuf> {
+    let doing = || "watch the kernel's log";
+    // Opened before the first look: a change after it is then seen.
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let log = open("/dev/kmsg", flags, Mode::empty()).doing(doing)?;
+    nix::unistd::lseek(&log, 0, nix::unistd::Whence::SeekEnd).doing(doing)?;
+    let end = Instant::now() + DISK_DEADLINE;
+    let missing = || Error::TimedOut(format!("no disk has appeared in slot {slot}"));
+    loop {
+        if let Some(device) = find(Path::new("/sys/block"), slot).doing(|| "look for the disk")? {
+            return Ok(device);
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).map_err(|_| missing())?;
+        let mut watched = [PollFd::new(log.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut watched, timeout).doing(doing)? == 0 {
+            return Err(missing());
+        }
+        // Each read takes one record; an overrun one (EPIPE) is gone, and that is fine.
+        let mut record = [0; 8192];
+        while matches!(nix::unistd::read(&log, &mut record), Ok(1..) | Err(nix::Error::EPIPE)) {}
+    }
+}
+
+fn find(block: &Path, slot: u32) -> std::io::Result<Option<PathBuf>> {
+    let wanted = format!("slot{slot}");
+    for entry in fs::read_dir(block)? {
+        let entry = entry?;
+        let Ok(serial) = fs::read_to_string(entry.path().join("serial")) else { continue };
+        if serial.trim() != wanted {
+            continue;
+        }
+        let size = fs::read_to_string(entry.path().join("size"))?;
+        let filled = size.trim() != "0";
+        return Ok(filled.then(|| Path::new("/dev").join(entry.file_name())));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_found_by_its_serial_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, serial, size) in
+            [("vda", "slot1\n", "0\n"), ("vdb", "slot10\n", "8\n"), ("vdc", "slot2", "8\n")]
+        {
+            let device = dir.path().join(name);
+            fs::create_dir(&device).unwrap();
+            fs::write(device.join("serial"), serial).unwrap();
+            fs::write(device.join("size"), size).unwrap();
+        }
+        fs::create_dir(dir.path().join("loop0")).unwrap();
+        assert_eq!(find(dir.path(), 1).unwrap(), None);
+        assert_eq!(find(dir.path(), 2).unwrap(), Some(PathBuf::from("/dev/vdc")));
+        assert_eq!(find(dir.path(), 10).unwrap(), Some(PathBuf::from("/dev/vdb")));
+        assert_eq!(find(dir.path(), 3).unwrap(), None);
+    }
+}

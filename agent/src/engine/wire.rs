@@ -1,0 +1,260 @@
+//! What the agent and an engine process say to each other.
+//!
+//! Each process that is made has one `SOCK_SEQPACKET` pair. The engine finds its end as descriptor 0:
+//!
+//! 1. agent → engine: one byte, with descriptors: the [`Document`], then those that [`Plan`] names, in its order.
+//! 2. engine → agent: [`Report::Spawned`] with a pidfd, then from the new process itself [`Report::Terminal`] with the
+//!    terminal's master (where one is asked for) and [`Report::Ready`]; or [`Report::Failed`] at any point.
+//! 3. agent → new process: one byte, which lets it run.
+//! 4. new process → agent: [`Report::Failed`], or the end of the stream, by which the program is running.
+//!
+//! Both ends are the agent's own program, but the new process runs among a container's: what it says is bounded and
+//! parsed, never trusted to arrive.
+
+use super::error::{Context, Error, Result};
+use crate::failure::Failure;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, UnixAddr, recvmsg, sendmsg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+/// A report is small; longer ones are cut off and so refused.
+const LONGEST_REPORT: usize = 16 * 1024;
+/// A user's sentence is never longer.
+const LONGEST_SENTENCE: usize = 4096;
+/// No message carries more descriptors.
+const MOST_DESCRIPTORS: usize = 16;
+
+/// What an engine process shall do.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// The container's id.
+    pub container: String,
+    /// The container's cgroup, an absolute path.
+    pub cgroup: PathBuf,
+    /// A terminal of this size instead of three descriptors for stdin, stdout and stderr.
+    pub terminal: Option<Size>,
+    /// Where the shared virtio-fs directory is mounted.
+    pub shared: PathBuf,
+    /// What to make.
+    pub task: Task,
+}
+
+/// What an engine process makes.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Task {
+    /// A container and its first process; the document's body is the OCI spec. Descriptors: stdin, stdout and stderr
+    /// unless there is a terminal, then a pidfd for each of `join`.
+    Create {
+        /// The container's own directory, which exists and is empty.
+        directory: PathBuf,
+        /// Where the root file system comes from.
+        root: Root,
+        /// Namespaces (`CLONE_NEW*`) of other containers' first processes.
+        join: Vec<i32>,
+    },
+    /// One more process; the document's body is the OCI process object. Descriptors: stdin, stdout and stderr unless
+    /// there is a terminal, then a pidfd of the container's first process, then the container's own document.
+    Exec {
+        /// Namespaces (`CLONE_NEW*`) to join.
+        namespaces: i32,
+    },
+}
+
+/// A terminal's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}
+
+/// A root file system.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Root {
+    /// A directory below the shared virtio-fs directory.
+    Shared(PathBuf),
+    /// A disk.
+    Disk(Disk),
+    /// Layers of disks.
+    Overlay {
+        /// Topmost first.
+        lowers: Vec<Disk>,
+        /// The writable disk with the paths of its upper and work directories; a tmpfs where absent.
+        upper: Option<(Disk, PathBuf, PathBuf)>,
+    },
+    /// A directory of the guest; only tests and tools use it.
+    Directory(PathBuf),
+}
+
+/// A file system on a virtio-blk slot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Disk {
+    /// The slot, which the device's serial number names.
+    pub slot: u32,
+    /// "ext4" or "erofs".
+    pub filesystem: String,
+    /// As in mount(8).
+    pub options: Vec<String>,
+}
+
+/// What an engine process, or the process it has made, tells the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Report {
+    /// The process exists, with this id in the agent's pid namespace; a pidfd comes along.
+    Spawned(u32),
+    /// The master of the process's terminal comes along.
+    Terminal,
+    /// The process is prepared and waits to be let go.
+    Ready,
+    /// It has come to nothing.
+    Failed(Failure),
+}
+
+/// A [`Plan`] and the JSON it is about, in a sealed memory file.
+pub struct Document;
+
+impl Document {
+    /// Writes a document.
+    pub fn write(plan: &Plan, body: &[u8]) -> io::Result<OwnedFd> {
+        let header = serde_json::to_vec(plan)?;
+        let length = u32::try_from(header.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+        let fd = memfd_create(c"plan", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+        let mut file = File::from(fd);
+        file.write_all(&length.to_le_bytes())?;
+        file.write_all(&header)?;
+        file.write_all(body)?;
+        let seals = nix::fcntl::SealFlag::all();
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
+        Ok(file.into())
+    }
+
+    /// Reads a document back.
+    pub fn read<T: DeserializeOwned>(fd: OwnedFd, what: &str) -> Result<(Plan, T)> {
+        let mut file = File::from(fd);
+        let mut bytes = Vec::new();
+        file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_end(&mut bytes)).doing(|| "read the plan")?;
+        let cut_short = || Error::invalid("plan", "is cut short");
+        let (length, rest) = bytes.split_first_chunk::<4>().ok_or_else(cut_short)?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| cut_short())?;
+        let (header, body) = rest.split_at_checked(length).ok_or_else(cut_short)?;
+        let plan = serde_json::from_slice(header).map_err(|e| Error::invalid("plan", e.to_string()))?;
+        let body = serde_json::from_slice(body).map_err(|e| Error::invalid(what, e.to_string()))?;
+        Ok((plan, body))
+    }
+}
+
+/// Sends a message with descriptors.
+pub fn send(socket: BorrowedFd<'_>, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+    sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(message)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}
+
+/// Receives a message with its descriptors; an empty message is the end of the stream.
+pub fn receive(socket: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; LONGEST_REPORT];
+    let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
+    let (length, flags, fds) = {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message: RecvMsg<'_, '_, UnixAddr> =
+            recvmsg(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let mut fds = Vec::new();
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = control {
+                // SAFETY: the kernel has just installed these descriptors for us.
+                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        (message.bytes, message.flags, fds)
+    };
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    bytes.truncate(length);
+    Ok((bytes, fds))
+}
+
+/// Sends a report with at most one descriptor.
+pub fn report(socket: BorrowedFd<'_>, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    send(socket, &serde_json::to_vec(report)?, fd.as_slice())
+}
+
+/// The report of a failure, its sentence cut to a bearable length.
+pub fn failed(error: Error) -> Report {
+    let mut failure = Failure::from(error);
+    if failure.message.len() > LONGEST_SENTENCE {
+        let end = (0..=LONGEST_SENTENCE).rev().find(|at| failure.message.is_char_boundary(*at));
+        failure.message.truncate(end.unwrap_or(0));
+    }
+    Report::Failed(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::fd::AsFd;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_document_survives_the_journey() {
+        let plan = Plan {
+            container: "a".into(),
+            cgroup: "/sys/fs/cgroup/a".into(),
+            terminal: Some(Size { width: 80, height: 24 }),
+            shared: "/shared".into(),
+            task: Task::Exec { namespaces: 7 },
+        };
+        let fd = Document::write(&plan, b"[1,2]").unwrap();
+        let (plan, body): (Plan, Vec<u8>) = Document::read(fd, "list").unwrap();
+        assert_eq!(plan.terminal, Some(Size { width: 80, height: 24 }));
+        assert_eq!(body, [1, 2]);
+    }
+
+    #[test]
+    fn a_malformed_body_is_named() {
+        let plan = Plan {
+            container: "a".into(),
+            cgroup: "/".into(),
+            terminal: None,
+            shared: "/".into(),
+            task: Task::Exec { namespaces: 0 },
+        };
+        let fd = Document::write(&plan, b"{").unwrap();
+        let error = Document::read::<Vec<u8>>(fd, "config.json").unwrap_err();
+        assert!(error.to_string().starts_with("config.json: "), "{error}");
+    }
+
+    #[test]
+    fn descriptors_travel_along() {
+        let (a, b) = pair();
+        let (read, write) = nix::unistd::pipe().unwrap();
+        report(a.as_fd(), &Report::Terminal, Some(write.as_fd())).unwrap();
+        drop(write);
+        let (bytes, fds) = receive(b.as_fd()).unwrap();
+        assert!(matches!(serde_json::from_slice(&bytes).unwrap(), Report::Terminal));
+        assert_eq!(nix::unistd::write(&fds[0], b"x").unwrap(), 1);
+        drop(fds);
+        let mut got = [0; 2];
+        assert_eq!(nix::unistd::read(&read, &mut got).unwrap(), 1);
+        drop(a);
+        assert!(receive(b.as_fd()).unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_long_sentence_is_cut_at_a_letter() {
+        let Report::Failed(failure) = failed(Error::Program("ä".repeat(5000))) else { unreachable!() };
+        assert!(failure.message.len() <= LONGEST_SENTENCE);
+    }
+}

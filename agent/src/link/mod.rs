@@ -1,0 +1,20 @@
+//! Byte streams to the host.
+//!
+//! The guest dials ([`Dialer`]); in tests the host is a Unix socket. [`Stream`] is one stream, read and written by its
+//! descriptor alone, so that vsock and Unix sockets are the same to everything above.
+
+mod host;
+mod stream;
+
+pub use host::{Host, accept_from_host};
+pub use stream::Stream;
+pub(crate) use stream::wait_for;
+
+use std::io;
+
+/// Opens streams to the host.
+#[async_trait::async_trait]
+pub trait Dialer: Send + Sync {
+    /// Connects to a port of the host.
+    async fn dial(&self, port: u32) -> io::Result<Stream>;
+}

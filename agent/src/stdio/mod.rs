@@ -1,0 +1,127 @@
+//! Standard streams of processes: one stream to the host for each, and a pipe or a terminal towards the process.
+//!
+//! A process gets pipes, not sockets, because programs open `/dev/stdout` anew. Between pipe and stream bytes move by
+//! splice(2), so no byte is ever in the agent's hands: what cannot be written stays where it was, which is all there is
+//! to backpressure, and an idle stream costs a task of a few hundred bytes. Exit statuses have nothing to do with any
+//! of this: a stream ends when the last holder of the pipe is gone.
+//!
+//! Both sides are hostile or slow at will. Everything runs on the agent's one thread; a turn moves at most
+//! [`CHUNK`] bytes.
+
+mod pipe;
+mod terminal;
+
+use crate::failure::{Failure, Kind, describe};
+use crate::link::{Dialer, Stream};
+use nix::fcntl::OFlag;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use vmshim_protocol::agent::Stdio;
+
+/// The most that one turn moves: a pipe's usual capacity.
+const CHUNK: usize = 64 * 1024;
+
+/// The streams that a process was asked to have, dialled.
+pub struct Streams {
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+}
+
+/// The process's ends, and what is to be copied once it exists.
+pub struct Pipes {
+    process: [OwnedFd; 3],
+    stdin: Option<(Stream, OwnedFd)>,
+    outputs: Vec<(OwnedFd, Stream)>,
+}
+
+impl Streams {
+    /// Dials each port that is named, all at once.
+    pub async fn dial(dialer: &dyn Dialer, stdio: &Stdio) -> Result<Self, Failure> {
+        if stdio.terminal && (stdio.stdin != 0 || stdio.stderr != 0) {
+            return Err(Failure::new(
+                Kind::InvalidArgument,
+                "stdio: with a terminal, stdin and stderr have no port of their own",
+            ));
+        }
+        let one = |name: &'static str, port: u32| async move {
+            if port == 0 {
+                return Ok(None);
+            }
+            dialer.dial(port).await.map(Some).map_err(|error| {
+                let why = describe(&error);
+                Failure::new(
+                    Kind::FailedPrecondition,
+                    format!("the host does not take {name} on port {port}: {why}"),
+                )
+            })
+        };
+        let stdin = one("stdin", stdio.stdin).await?;
+        let stdout = one("stdout", stdio.stdout).await?;
+        let stderr = one("stderr", stdio.stderr).await?;
+        Ok(Self { stdin, stdout, stderr })
+    }
+
+    /// Makes a pipe for each stream; what has none is the null device.
+    pub fn into_pipes(self) -> io::Result<Pipes> {
+        let mut outputs = Vec::new();
+        let (stdin, ours) = match self.stdin {
+            None => (null()?, None),
+            Some(stream) => {
+                let (read, write) = new_pipe()?;
+                set_nonblocking(write.as_fd())?;
+                (read, Some((stream, write)))
+            }
+        };
+        let mut output = |stream: Option<Stream>| match stream {
+            None => null(),
+            Some(stream) => {
+                let (read, write) = new_pipe()?;
+                set_nonblocking(read.as_fd())?;
+                outputs.push((read, stream));
+                Ok(write)
+            }
+        };
+        let process = [stdin, output(self.stdout)?, output(self.stderr)?];
+        Ok(Pipes { process, stdin: ours, outputs })
+    }
+
+    /// Copies between a terminal's master and its stream, in the background.
+    pub fn serve_terminal(self, master: OwnedFd) -> io::Result<()> {
+        set_nonblocking(master.as_fd())?;
+        terminal::serve(master, self.stdout)
+    }
+}
+
+impl Pipes {
+    /// The process's stdin, stdout and stderr.
+    pub fn for_process(&self) -> [BorrowedFd<'_>; 3] {
+        let [stdin, stdout, stderr] = &self.process;
+        [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]
+    }
+
+    /// Copies in the background, until each stream has its end. The process's ends are closed here.
+    pub fn serve(self) -> io::Result<()> {
+        if let Some((stream, pipe)) = self.stdin {
+            pipe::serve_input(stream, pipe)?;
+        }
+        for (pipe, stream) in self.outputs {
+            pipe::serve_output(pipe, stream)?;
+        }
+        Ok(())
+    }
+}
+
+fn null() -> io::Result<OwnedFd> {
+    Ok(nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())?)
+}
+
+fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFL)?);
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
