@@ -4,6 +4,9 @@
 //! be swapped under it. What it cannot do itself is done through its entry in `/proc/self/fd`, which leads to that very
 //! inode and follows no name of the guest's. The `fs` thread has that directory as its working directory
 //! ([`super::worker`]), since neither `/proc` nor any other path exists in the jail.
+//!
+//! `statx` and `copy_file_range` are called by number: the standard library refers to glibc's functions of these names
+//! weakly, and in a static binary with link-time optimisation a weak reference that is the only one resolves to null.
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -118,7 +121,9 @@ pub fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat, Errno> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
     let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
     // SAFETY: `name` is terminated, `out` is ours to write.
-    check(unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, mask, &raw mut out) })?;
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_statx, dir.as_raw_fd(), name.as_ptr(), flags, mask, &raw mut out)
+    })?;
     Ok(Stat(out))
 }
 
@@ -272,10 +277,12 @@ pub fn copy(
     length: usize,
 ) -> Result<usize, Errno> {
     let (source, target) = (source.as_raw_fd(), target.as_raw_fd());
+    let (read_at, write_at) = (&raw mut read_at, &raw mut write_at);
     // SAFETY: the kernel reads and writes the two offsets, which are ours.
-    check_size(unsafe {
-        libc::copy_file_range(source, &raw mut read_at, target, &raw mut write_at, length, 0)
-    })
+    let result = Errno::result(unsafe {
+        libc::syscall(libc::SYS_copy_file_range, source, read_at, target, write_at, length, 0)
+    })?;
+    usize::try_from(result).map_err(|_| Errno::EIO)
 }
 
 /// The file system's figures.
