@@ -173,7 +173,7 @@ def main():
             if code is None:
                 if now - started > a.timeout:
                     code = trouble(124, f"the command ran longer than {a.timeout:g} s (--timeout)")
-                elif not ready and now - started > 90 * a.slow:
+                elif not ready and now - started > 180 * a.slow:
                     code = trouble(124, "it did not come up")
                 elif ready and now - beat > 120 * a.slow:
                     code = trouble(124, "it stopped responding")
