@@ -135,7 +135,7 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     if plan.disk_slots() > 0 {
         spawn_worker("blk", blk_loop, parts.ending)?;
     }
-    Ok(Machine { gate, slots, vsock, devices: platform.devices, console, first_run, exits })
+    Ok(Machine { _vm: vm.fd, gate, slots, vsock, devices: platform.devices, console, first_run, exits })
 }
 
 fn spawn_worker(name: &str, event_loop: EventLoop, ending: Ending) -> io::Result<()> {

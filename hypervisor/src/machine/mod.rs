@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use kvm_ioctls::VmFd;
 use vmshim_protocol::control::Statistics;
 
 pub use build::{BuildError, Parts, build};
@@ -25,6 +26,8 @@ use crate::vcpu::Gate;
 
 /// A machine that can run.
 pub struct Machine {
+    /// Kept open: KVM disconnects all interrupts when the machine's descriptor is closed.
+    _vm: VmFd,
     gate: Arc<Gate>,
     slots: Vec<Arc<Mutex<Blk>>>,
     vsock: Arc<Mutex<vsock::Vsock>>,

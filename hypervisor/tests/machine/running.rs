@@ -1,0 +1,188 @@
+//! What a running guest can do, and what can be done to it.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use vmshim_protocol::control::{Command, FailureKind, FdRole, Outcome, Response, State};
+
+use crate::driver::{Guest, Running, Vmm};
+
+const MIB: u64 = 1 << 20;
+
+fn attach(vmm: &mut Vmm, slot: u8, disk: &File, read_only: bool) {
+    let command = Command::AttachDisk { slot, read_only };
+    assert_eq!(vmm.ask(command, &[(FdRole::Disk, disk.as_fd())]), Ok(Response::Done));
+}
+
+fn disk(bytes: u64) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(bytes).unwrap();
+    file
+}
+
+fn guest_with_slots(slots: u8) -> Guest {
+    let mut guest = Guest::default();
+    guest.config.disk_slots = slots;
+    guest
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn all_cpus_come_up_when_they_are_wanted() {
+    let mut guest = Guest::default();
+    guest.config.vcpus = 4;
+    let mut running = Running::start(&guest, |_| ());
+    assert_eq!(running.tell("online"), "4");
+    running.send("power-off");
+    assert_eq!(running.vmm.outcome().0, Outcome::PoweredOff);
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn memory_above_the_gap_is_used() {
+    let mut guest = Guest::default();
+    guest.config.memory_mib = 3 * 1024 + 512;
+    let mut running = Running::start(&guest, |_| ());
+    let kib: u64 = running.tell("memory").parse().unwrap();
+    assert!(kib > 3400 * 1024, "{kib} KiB");
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn time_and_randomness_come_from_the_host() {
+    let mut running = Running::start(&Guest::default(), |_| ());
+    assert_eq!(running.tell("clocksource"), "kvm-clock");
+    assert_eq!(running.tell("random 1000"), "true");
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn a_disk_keeps_what_is_written() {
+    let mut file = disk(16 * MIB);
+    let mut running = Running::start(&guest_with_slots(2), |vmm| attach(vmm, 1, &file, false));
+    assert_eq!(running.tell("size slot1"), "32768");
+    assert_eq!(running.tell("size slot0"), "0");
+    assert_eq!(running.tell("write slot1 4096 3145728 7"), "done");
+    assert_eq!(running.tell("read slot1 4096 3145728"), "7");
+    assert_eq!(running.tell("read slot1 0 4096"), "0");
+    let mut content = vec![0; 3 << 20];
+    file.seek(SeekFrom::Start(4096)).unwrap();
+    file.read_exact(&mut content).unwrap();
+    assert!(content.iter().all(|&byte| byte == 7));
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn a_discarded_range_is_given_back() {
+    let mut file = disk(16 * MIB);
+    file.write_all(&vec![1; 16 << 20]).unwrap();
+    let mut running = Running::start(&guest_with_slots(1), |vmm| attach(vmm, 0, &file, false));
+    let before = file.metadata().unwrap().blocks();
+    assert_eq!(running.tell("discard slot0 1048576 8388608"), "done");
+    assert!(file.metadata().unwrap().blocks() <= before - 8 * MIB / 512);
+    assert_eq!(running.tell("read slot0 1048576 8388608"), "0");
+    assert_eq!(running.tell("read slot0 0 1048576"), "1");
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn a_read_only_disk_is_not_written() {
+    let mut early = disk(MIB);
+    let late = disk(MIB);
+    let mut running = Running::start(&guest_with_slots(2), |vmm| attach(vmm, 0, &early, true));
+    assert_eq!(running.tell("read-only slot0"), "1");
+    assert!(running.tell("write slot0 0 4096 7").starts_with("error"));
+    // Attached late, it does not look read-only to the guest, whose writes fail all the same.
+    attach(&mut running.vmm, 1, &late, true);
+    wait_for_size(&mut running, "slot1", "2048");
+    assert!(running.tell("write slot1 0 4096 7").starts_with("error"));
+    for file in [&mut early, &mut { late }] {
+        let mut content = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut content).unwrap();
+        assert!(content.iter().all(|&byte| byte == 0));
+    }
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn slots_take_disks_and_give_them_up_while_the_guest_runs() {
+    let mut running = Running::start(&guest_with_slots(1), |_| ());
+    assert_eq!(running.tell("size slot0"), "0");
+    let file = disk(2 * MIB);
+    attach(&mut running.vmm, 0, &file, false);
+    wait_for_size(&mut running, "slot0", "4096");
+    assert_eq!(running.tell("write slot0 0 65536 9"), "done");
+    let again = running.vmm.ask(Command::AttachDisk { slot: 0, read_only: false }, &[(FdRole::Disk, file.as_fd())]);
+    assert_eq!(again.unwrap_err().kind, FailureKind::FailedPrecondition);
+    assert_eq!(running.vmm.ask(Command::DetachDisk { slot: 0 }, &[]), Ok(Response::Done));
+    wait_for_size(&mut running, "slot0", "0");
+    let other = disk(MIB);
+    attach(&mut running.vmm, 0, &other, false);
+    wait_for_size(&mut running, "slot0", "2048");
+    assert_eq!(running.tell("read slot0 0 65536"), "0");
+    let missing = running.vmm.ask(Command::DetachDisk { slot: 1 }, &[]);
+    assert_eq!(missing.unwrap_err().message, "There is no disk slot 1; this machine has 1");
+}
+
+/// The guest learns of a capacity by an interrupt, some time after the command was answered.
+fn wait_for_size(running: &mut Running, slot: &str, sectors: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while running.tell(&format!("size {slot}")) != sectors {
+        assert!(Instant::now() < deadline, "the guest does not see a size of {sectors}");
+    }
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn a_paused_guest_stands_still() {
+    let mut running = Running::start(&Guest::default(), |_| ());
+    assert_eq!(running.vmm.ask(Command::Pause, &[]), Ok(Response::Done));
+    assert_eq!(running.vmm.state(), State::Paused);
+    let exits = running.vmm.statistics().vcpu_exits;
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(running.vmm.statistics().vcpu_exits, exits);
+    assert_eq!(running.vmm.ask(Command::Resume, &[]), Ok(Response::Done));
+    assert_eq!(running.vmm.state(), State::Running);
+    assert!(running.tell("uptime").parse::<String>().is_ok());
+    running.send("power-off");
+    assert_eq!(running.vmm.outcome().0, Outcome::PoweredOff);
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn commands_out_of_order_are_refused() {
+    let mut vmm = Vmm::start();
+    for command in [Command::Boot { deadline_ms: 1 }, Command::Pause, Command::Resume, Command::DetachDisk { slot: 0 }] {
+        assert_eq!(vmm.ask(command, &[]).unwrap_err().kind, FailureKind::FailedPrecondition);
+    }
+    assert_eq!(vmm.state(), State::New);
+    assert_eq!(vmm.configure(&Guest::default()), Ok(Response::Done));
+    assert_eq!(vmm.configure(&Guest::default()).unwrap_err().kind, FailureKind::FailedPrecondition);
+    assert_eq!(vmm.ask(Command::Pause, &[]).unwrap_err().kind, FailureKind::FailedPrecondition);
+    assert_eq!(vmm.state(), State::Configured);
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn the_timeline_of_a_boot() {
+    for _ in 0..3 {
+        let mut running = Running::start(&Guest::default(), |_| ());
+        let statistics = running.vmm.statistics();
+        let ms = |from: u64, to: u64| (to - from) as f64 / 1e6;
+        eprintln!(
+            "exec to first instruction {:.2} ms, from there to the first dial {:.2} ms, {} exits",
+            ms(statistics.started_ns, statistics.first_instruction_ns),
+            ms(statistics.first_instruction_ns, statistics.first_dial_ns),
+            statistics.vcpu_exits,
+        );
+        if std::env::var_os("VMSHIM_TEST_KERNEL_LOG").is_some() {
+            eprintln!("{}", running.tell("kernel-log").replace('|', "\n"));
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", running.vmm.pid())).unwrap();
+        eprintln!("{status}");
+    }
+}

@@ -1,0 +1,15 @@
+//! Streams between a real guest's vsock sockets and descriptors of the host.
+//!
+//! Ignored by default, since they need a host that runs ordinary guests; `scripts/test` runs them in the test host.
+
+#[path = "../machine/cpio.rs"]
+#[allow(dead_code)]
+mod cpio;
+#[path = "../machine/driver.rs"]
+#[allow(dead_code)]
+mod driver;
+mod host_programs;
+mod pattern;
+mod rig;
+mod stdio;
+mod ends;
