@@ -133,13 +133,13 @@ settings! {
         /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
         overhead_memory_mib: u32 = 64u32, in 0..=65_536u32;
         /// Empty disk slots made in every machine. Each block-based root file system takes one.
-        disk_slots: u8 = 8u8, in 1..=24u8;
+        disk_slots: u8 = 8u8, in 1..=16u8;
         /// How long the guest may take from power-on until its agent calls, in seconds.
         boot_timeout_seconds: u32 = 30u32, in 1..=3_600u32;
-        /// The host user id that the VMM runs as once it is jailed.
-        uid: u32 = 0u32;
-        /// The host group id that the VMM runs as once it is jailed.
-        gid: u32 = 0u32;
+        /// The host user id that the VMM runs as once it is jailed. Nothing else on the host should have it.
+        uid: u32 = 1_990_000_000u32, in 1..=4_294_967_294u32;
+        /// The host group id that the VMM runs as once it is jailed. Nothing else on the host should have it.
+        gid: u32 = 1_990_000_000u32, in 1..=4_294_967_294u32;
     }
 
     /// The shim.

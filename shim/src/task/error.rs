@@ -101,6 +101,7 @@ impl TaskError {
             Self::Storage(StorageError::NoSlot) => Code::RESOURCE_EXHAUSTED,
             Self::Storage(StorageError::Mount { .. }) => Code::UNKNOWN,
             Self::Storage(_) | Self::Stdio(_) => Code::INVALID_ARGUMENT,
+            Self::Control(ControlError::Ended(_)) => Code::FAILED_PRECONDITION,
             Self::Control(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
             Self::Control(_) | Self::Internal(_) => Code::UNKNOWN,
             Self::Agent(AgentError::Refused { code, .. }) => guest_code(*code),

@@ -23,6 +23,9 @@ pub enum ControlError {
     /// The VMM is gone.
     #[error("the VMM is gone")]
     Gone,
+    /// The VM has ended, and why.
+    #[error("the pod's VM has ended: {0}")]
+    Ended(String),
     /// Every port of this VM has been used.
     #[error("the pod has used up its stream ports; recreate it")]
     OutOfPorts,

@@ -116,12 +116,14 @@ impl Launcher<'_> {
 
         let control = Arc::new(Control::new(started.control)?);
         let (end_sender, end) = watch::channel(None);
+        let (booted_sender, booted) = watch::channel(false);
         let (gone_sender, gone) = watch::channel(false);
         let streams = Arc::new(Streams::default());
         let supervisor = Supervisor {
             control: control.clone(),
             streams: streams.clone(),
             end: end_sender,
+            booted: booted_sender,
             last_words: Arc::default(),
         };
         supervisor.read_stderr(started.stderr)?;
@@ -148,7 +150,7 @@ impl Launcher<'_> {
         };
         supervisor.run(boot, reaped, gone_sender);
         let agent = AgentConnection::new(agent)?;
-        Ok(Arc::new(Vm { control, streams, agent, pid: started.pid, end, gone }))
+        Ok(Arc::new(Vm { control, streams, agent, pid: started.pid, booted, end, gone }))
     }
 
     fn make_cgroup(&self, journal: &Journal) -> Result<Vec<File>, LaunchError> {
@@ -207,6 +209,7 @@ struct Supervisor {
     control: Arc<Control>,
     streams: Arc<Streams>,
     end: watch::Sender<Option<Arc<End>>>,
+    booted: watch::Sender<bool>,
     last_words: Arc<Mutex<String>>,
 }
 
@@ -218,7 +221,8 @@ impl Supervisor {
         tokio::spawn(async move {
             // A VMM that is gone is reported by the other task, which knows why.
             match boot.request(&control).await {
-                Ok(()) | Err(ControlError::Gone) => {}
+                Ok(()) => drop(booter.booted.send_replace(true)),
+                Err(ControlError::Gone) => {}
                 Err(error) => booter.ended(End::refused(error.to_string())),
             }
         });

@@ -19,7 +19,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::{oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use vmshim_protocol::control::{Command, FdRole};
 
 pub use control::ControlError;
@@ -41,6 +41,7 @@ pub struct Vm {
     streams: Arc<Streams>,
     agent: AgentConnection,
     pid: u32,
+    booted: watch::Receiver<bool>,
     end: watch::Receiver<Option<Arc<End>>>,
     gone: watch::Receiver<bool>,
 }
@@ -81,7 +82,7 @@ impl Vm {
     ) -> Result<(Port, Closed), ControlError> {
         let (port, closed) = self.streams.open()?;
         let command = Command::Expect { port: port.0 };
-        if let Err(error) = self.control.request(command, fds, deadline).await {
+        if let Err(error) = self.request(command, fds, deadline).await {
             self.streams.close(port);
             return Err(error);
         }
@@ -91,7 +92,7 @@ impl Vm {
     /// Takes a port back and resets its connection; the stream's [`Closed`] comes true. A VMM that does not answer
     /// changes nothing.
     pub async fn forget(&self, port: Port, deadline: Instant) {
-        let _ = self.control.request(Command::Forget { port: port.0 }, &[], deadline).await;
+        let _ = self.request(Command::Forget { port: port.0 }, &[], deadline).await;
         self.streams.close(port);
     }
 
@@ -106,7 +107,7 @@ impl Vm {
         read_only: bool,
         deadline: Instant,
     ) -> Result<(), ControlError> {
-        self.control.request(Command::AttachDisk { slot, read_only }, &[(FdRole::Disk, disk)], deadline).await
+        self.request(Command::AttachDisk { slot, read_only }, &[(FdRole::Disk, disk)], deadline).await
     }
 
     /// Empties a slot.
@@ -114,7 +115,29 @@ impl Vm {
     /// # Errors
     /// When the VMM refuses, does not answer in time, or is gone.
     pub async fn detach_disk(&self, slot: u8, deadline: Instant) -> Result<(), ControlError> {
-        self.control.request(Command::DetachDisk { slot }, &[], deadline).await
+        self.request(Command::DetachDisk { slot }, &[], deadline).await
+    }
+
+    /// Asks a VMM that has taken its configuration, so that a refusal of that is what the caller hears of.
+    async fn request(
+        &self,
+        command: Command,
+        fds: &[(FdRole, BorrowedFd<'_>)],
+        deadline: Instant,
+    ) -> Result<(), ControlError> {
+        let mut booted = self.booted.clone();
+        let asked = async {
+            let _ = timeout_at(deadline, booted.wait_for(|booted| *booted)).await;
+            self.control.request(command, fds, deadline).await
+        };
+        tokio::select! {
+            biased;
+            end = self.ended() => Err(ControlError::Ended(end.sentence())),
+            result = asked => match (result, self.end()) {
+                (Err(ControlError::Gone), Some(end)) => Err(ControlError::Ended(end.sentence())),
+                (result, _) => result,
+            },
+        }
     }
 
     /// Ends the VM, by force if need be, and waits until the VMM's process is gone.

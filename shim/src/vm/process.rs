@@ -32,6 +32,7 @@ pub fn start(binary: &Path, mut entrances: Vec<File>) -> io::Result<Started> {
     let theirs = OwnedFd::from(theirs);
     let child_end = theirs.as_raw_fd();
     let mut command = Command::new(binary);
+    command.arg("--control-fd").arg(CONTROL_FD.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr_writer).env_clear().current_dir("/");
     let in_child = move || {
         // Entering before exec accounts everything that the VMM ever allocates to the pod.
