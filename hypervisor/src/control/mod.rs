@@ -20,6 +20,7 @@ use vmshim_protocol::control::{
     SocketError, State, Statistics,
 };
 
+use crate::devices::virtio::fs::SharedDirectory;
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
 use crate::event_loop::{EventLoop, Handler, Interest, Readiness};
 use crate::machine::{self, Ending, Machine, Parts, Plan, SlotError};
@@ -159,11 +160,14 @@ impl Server {
             return Err(precondition("the machine is configured already"));
         }
         let plan = Plan::try_from(config).map_err(invalid)?;
+        let shared = fds.take_optional(FdRole::SharedDirectory).map(SharedDirectory::open).transpose();
+        let shared = shared.map_err(|error| invalid(sentence(&error)))?;
         let mut take = |role| fds.take(role).map_err(invalid);
         let parts = Parts {
             kvm: take(FdRole::Kvm)?,
             kernel: File::from(take(FdRole::Kernel)?),
             initramfs: File::from(take(FdRole::Initramfs)?),
+            shared,
             vsock_listener: fds.take_optional(FdRole::VsockListener),
             streams: self.streams.clone(),
             ending: self.ending.clone(),

@@ -18,6 +18,7 @@ use super::{Ending, Machine, Plan};
 use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError};
 use crate::devices::legacy::Console;
 use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Streams, Vsock};
 use crate::devices::virtio::SharedDevice;
@@ -36,6 +37,8 @@ pub struct Parts {
     pub kernel: File,
     /// The initramfs's file.
     pub initramfs: File,
+    /// The directory to share with the guest.
+    pub shared: Option<SharedDirectory>,
     /// A listening socket for host programs.
     pub vsock_listener: Option<OwnedFd>,
     /// The ports that the guest may dial.
@@ -62,6 +65,9 @@ pub enum BuildError {
     /// Nor be told what it needs to know.
     #[error(transparent)]
     CommandLine(#[from] CommandLineError),
+    /// The shared directory.
+    #[error(transparent)]
+    Shared(#[from] SharedDirectoryError),
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -75,7 +81,7 @@ impl BuildError {
     pub fn kind(&self) -> FailureKind {
         match self {
             Self::Boot(BootError::Map(_) | BootError::Memory(_) | BootError::Seed(_)) => FailureKind::Host,
-            Self::Boot(_) | Self::CommandLine(_) | Self::Kvm(KvmError::NotKvm(_)) => FailureKind::InvalidArgument,
+            Self::Boot(_) | Self::CommandLine(_) | Self::Shared(_) | Self::Kvm(KvmError::NotKvm(_)) => FailureKind::InvalidArgument,
             _ => FailureKind::Host,
         }
     }
@@ -100,6 +106,11 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
     }
     platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
+    let mut fs_loop = None;
+    if let Some(directory) = parts.shared {
+        let device = SharedDevice::new(Arc::new(Mutex::new(VirtioFs::new(directory)?)));
+        platform.add_virtio(&vm, &ram, fs_loop.insert(EventLoop::new()?), device)?;
+    }
 
     let command_line = CommandLine::new(&platform.windows, plan.kernel_params())?;
     let source = BootSource {
@@ -131,6 +142,9 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     vcpu::install_signal_handler().map_err(io::Error::from)?;
     for vcpu in vcpus {
         vcpu.spawn(surroundings.clone(), || ())?;
+    }
+    if let Some(fs_loop) = fs_loop {
+        spawn_worker("fs", fs_loop, parts.ending.clone())?;
     }
     if plan.disk_slots() > 0 {
         spawn_worker("blk", blk_loop, parts.ending)?;

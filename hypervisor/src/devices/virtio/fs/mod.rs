@@ -49,8 +49,10 @@ pub mod needs;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 
 use nix::errno::Errno;
 use virtio_queue::{Queue, QueueT};
@@ -90,6 +92,9 @@ pub enum SharedDirectoryError {
     /// It is not what it should be.
     #[error("the shared directory cannot be used; it must be a directory that the host lets us read")]
     Directory(#[source] Errno),
+    /// There is no `/proc`, or not this process in it.
+    #[error("/proc must be mounted to share a directory")]
+    Proc(#[source] io::Error),
     /// The limit on descriptors is not known.
     #[error("the host does not say how many files may be open")]
     Limit(#[source] Errno),
@@ -105,6 +110,21 @@ pub struct SharedDirectory {
     /// `/proc/self/mountinfo` of this process's mount namespace, waited for and never read. Without it, unmounted file
     /// systems stay in use until the guest forgets them.
     pub mount_table: Option<OwnedFd>,
+}
+
+impl SharedDirectory {
+    /// The directory that `root` holds, for a process that sees `/proc`.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn open(root: OwnedFd) -> Result<Self, SharedDirectoryError> {
+        let open = |path: &str, flags| {
+            let file = File::options().read(true).custom_flags(flags).open(path);
+            file.map(OwnedFd::from).map_err(SharedDirectoryError::Proc)
+        };
+        let proc_self_fd = open("/proc/self/fd", nix::libc::O_PATH | nix::libc::O_DIRECTORY)?;
+        Ok(Self { root, proc_self_fd, mount_table: Some(open("/proc/self/mountinfo", 0)?) })
+    }
 }
 
 /// The device.
