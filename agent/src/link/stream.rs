@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
 /// A connected, non-blocking stream socket.
 #[derive(Debug)]
@@ -37,19 +37,20 @@ impl Stream {
 
     /// Waits until the peer can never be written to again.
     pub async fn broken(&self) -> io::Result<()> {
-        wait_for(&self.socket, Interest::WRITABLE, |ready| ready.is_write_closed()).await
+        hung_up(self.as_fd()).await
     }
 }
 
-/// Waits until the readiness of a descriptor is of a kind; other readiness stays as it is.
-pub(crate) async fn wait_for(
-    fd: &AsyncFd<OwnedFd>,
-    interest: Interest,
-    wanted: impl Fn(Ready) -> bool,
-) -> io::Result<()> {
+/// Waits until a descriptor can never be written to again, whoever else waits for it.
+///
+/// A registration has one readiness for all who wait on it, and whoever clears it clears it for the others. So this one
+/// is of its own, on a copy of the descriptor, for an event that does not come; the kernel reports errors and
+/// hang-ups all the same.
+pub(crate) async fn hung_up(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let watched = register(fd.try_clone_to_owned()?, Interest::PRIORITY)?;
     loop {
-        let mut guard = fd.ready(interest).await?;
-        if wanted(guard.ready()) {
+        let mut guard = watched.ready(Interest::WRITABLE).await?;
+        if guard.ready().is_write_closed() {
             return Ok(());
         }
         guard.clear_ready();

@@ -7,8 +7,8 @@ use crate::sys::register;
 use nix::fcntl::OFlag;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{Interest, Ready};
 
 /// Stream to pipe. The host's half-close is the pipe's end.
 pub fn serve_input(stream: Stream, pipe: OwnedFd) -> io::Result<()> {
@@ -100,8 +100,7 @@ fn writable(pipe: &OwnedFd) -> bool {
 }
 
 async fn no_readers(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let gone = |ready: Ready| ready.is_write_closed();
-    crate::link::wait_for(pipe, Interest::WRITABLE, gone).await
+    crate::link::hung_up(pipe.get_ref().as_fd()).await
 }
 
 async fn discard(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
