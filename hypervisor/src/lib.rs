@@ -4,6 +4,7 @@ pub mod boot;
 pub mod bus;
 pub mod devices;
 pub mod event_loop;
+pub mod jail;
 pub mod log;
 pub mod machine;
 pub mod memory;

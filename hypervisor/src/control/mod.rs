@@ -20,9 +20,9 @@ use vmshim_protocol::control::{
     SocketError, State, Statistics,
 };
 
-use crate::devices::virtio::fs::SharedDirectory;
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
 use crate::event_loop::{EventLoop, Handler, Interest, Readiness};
+use crate::jail::{self, Identity};
 use crate::machine::{self, Ending, Machine, Parts, Plan, SlotError};
 use crate::sync::lock;
 use crate::{clock, log};
@@ -65,6 +65,8 @@ struct Server {
 /// How far the VM has come.
 #[derive(Default)]
 struct Life {
+    /// The process is confined, or half confined: there is no second try.
+    spent: bool,
     machine: Option<Machine>,
     booted: bool,
     paused: bool,
@@ -156,19 +158,24 @@ impl Server {
         config: MachineConfig,
         fds: &mut Descriptors,
     ) -> Result<Response, Failure> {
-        if life.machine.is_some() {
-            return Err(precondition("the machine is configured already"));
+        if life.spent {
+            return Err(precondition("the machine is configured already, or could not be; start another VMM"));
         }
         let plan = Plan::try_from(config).map_err(invalid)?;
-        let shared = fds.take_optional(FdRole::SharedDirectory).map(SharedDirectory::open).transpose();
-        let shared = shared.map_err(|error| invalid(sentence(&error)))?;
         let mut take = |role| fds.take(role).map_err(invalid);
+        let (kvm, kernel, initramfs) =
+            (take(FdRole::Kvm)?, take(FdRole::Kernel)?, take(FdRole::Initramfs)?);
+        let vsock_listener = fds.take_optional(FdRole::VsockListener);
+        life.spent = true;
+        let identity = Identity { uid: plan.uid(), gid: plan.gid() };
+        let shared = jail::enter(identity, fds.take_optional(FdRole::SharedDirectory))
+            .map_err(|error| Failure { kind: FailureKind::Host, message: sentence(&error) })?;
         let parts = Parts {
-            kvm: take(FdRole::Kvm)?,
-            kernel: File::from(take(FdRole::Kernel)?),
-            initramfs: File::from(take(FdRole::Initramfs)?),
+            kvm,
+            kernel: File::from(kernel),
+            initramfs: File::from(initramfs),
             shared,
-            vsock_listener: fds.take_optional(FdRole::VsockListener),
+            vsock_listener,
             streams: self.streams.clone(),
             ending: self.ending.clone(),
         };

@@ -23,7 +23,9 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Streams, Vsock};
 use crate::devices::virtio::SharedDevice;
 use crate::event_loop::EventLoop;
+use crate::jail::{self, JailError, Role};
 use crate::memory::{GuestRam, MemoryError};
+use crate::sync::lock;
 use crate::vcpu::{self, Gate, Surroundings, Topology, Vcpu, VcpuError};
 
 /// A device worker's stack.
@@ -71,6 +73,9 @@ pub enum BuildError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// Nor can this process be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// A device, a thread or a descriptor.
     #[error("the host lacks a resource for the machine's devices")]
     Host(#[from] io::Error),
@@ -100,17 +105,17 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
 
     let vsock = Arc::new(Mutex::new(Vsock::new(parts.streams, parts.vsock_listener)?));
     platform.add_virtio(&vm, &ram, io, SharedDevice::new(vsock.clone()))?;
+    let fs_loop = EventLoop::new()?;
+    let fs = parts.shared.map(VirtioFs::new).transpose()?.map(|fs| Arc::new(Mutex::new(fs)));
+    if let Some(fs) = &fs {
+        platform.add_virtio(&vm, &ram, &fs_loop, SharedDevice::new(fs.clone()))?;
+    }
     let blk_loop = EventLoop::new()?;
     let slots: Vec<_> = (0..plan.disk_slots()).map(|slot| Arc::new(Mutex::new(Blk::new(slot)))).collect();
     for slot in &slots {
         platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
     }
     platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
-    let mut fs_loop = None;
-    if let Some(directory) = parts.shared {
-        let device = SharedDevice::new(Arc::new(Mutex::new(VirtioFs::new(directory)?)));
-        platform.add_virtio(&vm, &ram, fs_loop.insert(EventLoop::new()?), device)?;
-    }
 
     let command_line = CommandLine::new(&platform.windows, plan.kernel_params())?;
     let source = BootSource {
@@ -141,22 +146,51 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         (surroundings.gate.clone(), surroundings.first_run.clone(), surroundings.exits.clone());
     vcpu::install_signal_handler().map_err(io::Error::from)?;
     for vcpu in vcpus {
-        vcpu.spawn(surroundings.clone(), || ())?;
+        let ending = parts.ending.clone();
+        vcpu.spawn(surroundings.clone(), move || confine(Role::Vcpu, &ending))?;
     }
-    if let Some(fs_loop) = fs_loop {
-        spawn_worker("fs", fs_loop, parts.ending.clone())?;
+    if !slots.is_empty() {
+        let ending = parts.ending.clone();
+        spawn_worker("blk", blk_loop, parts.ending.clone(), move || confine(Role::Blk, &ending))?;
     }
-    if plan.disk_slots() > 0 {
-        spawn_worker("blk", blk_loop, parts.ending)?;
+    if let Some(fs) = fs {
+        let ending = parts.ending.clone();
+        spawn_worker("fs", fs_loop, parts.ending, move || {
+            if let Err(error) = lock(&fs).enter_thread() {
+                give_up(&ending, &format!("The fs thread cannot prepare itself: {error}."));
+            }
+            confine(Role::Fs, &ending);
+        })?;
     }
+    jail::confine(Role::Io)?;
     Ok(Machine { _vm: vm.fd, gate, slots, vsock, devices: platform.devices, console, first_run, exits })
 }
 
-fn spawn_worker(name: &str, event_loop: EventLoop, ending: Ending) -> io::Result<()> {
+fn spawn_worker(
+    name: &str,
+    event_loop: EventLoop,
+    ending: Ending,
+    prepare: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
     let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
     thread.spawn(move || {
+        prepare();
         let Err(error) = event_loop.run();
-        ending.declare(Outcome::Failed { message: format!("A device thread cannot wait for events: {error}.") });
+        give_up(&ending, &format!("A device thread cannot wait for events: {error}."));
     })?;
     Ok(())
+}
+
+fn confine(role: Role, ending: &Ending) {
+    if let Err(error) = jail::confine(role) {
+        give_up(ending, &format!("A thread cannot be confined: {error}."));
+    }
+}
+
+/// Ends the machine; the calling thread does nothing any more.
+fn give_up(ending: &Ending, message: &str) -> ! {
+    ending.declare(Outcome::Failed { message: message.to_owned() });
+    loop {
+        thread::park();
+    }
 }

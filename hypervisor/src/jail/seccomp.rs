@@ -1,0 +1,218 @@
+//! System calls that each thread may make, as data. Any other one kills the process.
+
+use std::collections::BTreeMap;
+
+use nix::errno::Errno;
+use nix::libc::{self, c_long};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use super::{JailError, Tried};
+
+/// What a thread is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Runs a vCPU and, on its behalf, what a device does when a register is touched: start, reset, interrupt.
+    Vcpu,
+    /// The control socket, vsock and entropy.
+    Io,
+    /// Disks.
+    Blk,
+    /// The shared directory.
+    Fs,
+}
+
+/// The allocator, locks, clocks, events, and how a thread or the process ends or panics.
+const COMMON: &[c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_epoll_ctl,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// Waiting for events.
+const WORKER: &[c_long] = &[libc::SYS_epoll_pwait, libc::SYS_epoll_wait];
+
+/// A device is started and reset by the vCPU that writes its status.
+const VCPU: &[c_long] =
+    &[libc::SYS_eventfd2, libc::SYS_fcntl, libc::SYS_ftruncate, libc::SYS_shutdown, libc::SYS_timerfd_settime];
+
+const IO: &[c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_timerfd_settime,
+];
+
+const BLK: &[c_long] =
+    &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv, libc::SYS_pwritev];
+
+/// See [`crate::devices::virtio::fs::needs`], whose names these are, and which says why.
+const FS: &[c_long] = &[
+    libc::SYS_capset,
+    libc::SYS_chmod,
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_getxattr,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_lseek,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_preadv,
+    libc::SYS_pwritev2,
+    libc::SYS_readlinkat,
+    libc::SYS_removexattr,
+    libc::SYS_renameat2,
+    libc::SYS_setfsgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setxattr,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_syncfs,
+    libc::SYS_truncate,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+];
+
+/// Requests that a thread may make of a descriptor by `ioctl`.
+mod request {
+    pub const KVM_RUN: u32 = 0xae80;
+    pub const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+    /// `BLKGETSIZE64`, of a disk that is attached.
+    pub const BLOCK_DEVICE_SIZE: u32 = 0x8008_1272;
+    /// `FIONBIO`, of a socket that is accepted.
+    pub const NON_BLOCKING: u32 = 0x5421;
+}
+
+impl Role {
+    fn system_calls(self) -> impl Iterator<Item = c_long> {
+        let (worker, own) = match self {
+            Self::Vcpu => (&[][..], VCPU),
+            Self::Io => (WORKER, IO),
+            Self::Blk => (WORKER, BLK),
+            Self::Fs => (WORKER, FS),
+        };
+        COMMON.iter().chain(worker).chain(own).copied()
+    }
+
+    fn requests(self) -> &'static [u32] {
+        match self {
+            Self::Vcpu => &[request::KVM_RUN, request::KVM_KVMCLOCK_CTRL],
+            Self::Io => &[request::BLOCK_DEVICE_SIZE, request::NON_BLOCKING],
+            Self::Blk | Self::Fs => &[],
+        }
+    }
+}
+
+/// Limits the calling thread, and those it starts, to the calls of `role`.
+pub fn apply(role: Role) -> Result<(), JailError> {
+    // The rules are constant, so they compile always or never: a test does it.
+    let program = compile(role).map_err(|_| Errno::EINVAL).tried("compile its system call filter")?;
+    seccompiler::apply_filter(&program).map_err(|_| Errno::EINVAL).tried("install its system call filter")
+}
+
+fn compile(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = role.system_calls().map(|call| (call, Vec::new())).collect();
+    let requests = role
+        .requests()
+        .iter()
+        .map(|&request| {
+            let is_request = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request.into())?;
+            SeccompRule::new(vec![is_request])
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    if !requests.is_empty() {
+        rules.insert(libc::SYS_ioctl, requests);
+    }
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::fs::needs;
+
+    const ROLES: [Role; 4] = [Role::Vcpu, Role::Io, Role::Blk, Role::Fs];
+
+    #[test]
+    fn every_list_compiles() {
+        for role in ROLES {
+            assert!(compile(role).is_ok(), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn no_call_is_listed_twice() {
+        for role in ROLES {
+            let mut calls: Vec<_> = role.system_calls().collect();
+            calls.sort_unstable();
+            let count = calls.len();
+            calls.dedup();
+            assert_eq!(calls.len(), count, "{role:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_may_execute_trace_mount_or_make_a_socket() {
+        let forbidden = [
+            libc::SYS_execve, libc::SYS_execveat, libc::SYS_fork, libc::SYS_clone, libc::SYS_clone3, libc::SYS_ptrace,
+            libc::SYS_mount, libc::SYS_move_mount, libc::SYS_unshare, libc::SYS_setns, libc::SYS_socket,
+            libc::SYS_connect, libc::SYS_bpf, libc::SYS_io_uring_setup, libc::SYS_prctl, libc::SYS_kill,
+        ];
+        for role in ROLES {
+            assert!(role.system_calls().all(|call| !forbidden.contains(&call)), "{role:?}");
+            assert!(role == Role::Fs || role.system_calls().all(|call| call != libc::SYS_openat), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn the_fs_thread_may_do_what_its_device_needs() {
+        assert_eq!(FS.len() + 1, needs::SYSTEM_CALLS.len(), "`close` is everybody's");
+    }
+}
