@@ -20,7 +20,7 @@ pub fn read(cgroup: &Cgroup) -> io::Result<Metrics> {
         ..Default::default()
     })
     .into();
-    metrics.memory = Some(memory_stat(&file)).into();
+    metrics.memory = Some(memory_stat(file)).into();
     metrics.memory_events = Some(memory_events(&file("memory.events"))).into();
     metrics.io = Some(IOStat {
         usage: io_entries(&file("io.stat")),
@@ -28,7 +28,7 @@ pub fn read(cgroup: &Cgroup) -> io::Result<Metrics> {
         ..Default::default()
     })
     .into();
-    metrics.hugetlb = page_sizes().iter().map(|size| hugetlb(size, &file)).collect();
+    metrics.hugetlb = page_sizes().iter().map(|size| hugetlb(size, file)).collect();
     Ok(metrics)
 }
 

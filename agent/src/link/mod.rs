@@ -8,7 +8,6 @@ mod stream;
 
 pub use host::{Host, accept_from_host};
 pub use stream::Stream;
-pub(crate) use stream::hung_up;
 
 use std::io;
 

@@ -34,27 +34,6 @@ impl Stream {
     ) -> io::Result<T> {
         self.socket.async_io(interest, |socket| attempt(socket.as_fd())).await
     }
-
-    /// Waits until the peer can never be written to again.
-    pub async fn broken(&self) -> io::Result<()> {
-        hung_up(self.as_fd()).await
-    }
-}
-
-/// Waits until a descriptor can never be written to again, whoever else waits for it.
-///
-/// A registration has one readiness for all who wait on it, and whoever clears it clears it for the others. So this one
-/// is of its own, on a copy of the descriptor, for an event that does not come; the kernel reports errors and
-/// hang-ups all the same.
-pub(crate) async fn hung_up(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let watched = register(fd.try_clone_to_owned()?, Interest::PRIORITY)?;
-    loop {
-        let mut guard = watched.ready(Interest::WRITABLE).await?;
-        if guard.ready().is_write_closed() {
-            return Ok(());
-        }
-        guard.clear_ready();
-    }
 }
 
 impl AsFd for Stream {

@@ -5,20 +5,22 @@ use crate::link::Stream;
 use crate::sys::pipe::splice;
 use crate::sys::register;
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::coop::consume_budget;
 
 /// Stream to pipe. The host's half-close is the pipe's end.
 pub fn serve_input(stream: Stream, pipe: OwnedFd) -> io::Result<()> {
-    // A pipe whose readers are gone tells so even while nothing is to be written.
     let pipe = register(pipe, Interest::WRITABLE)?;
     tokio::spawn(async move {
         tokio::select! {
             // Whatever ended it, dropping both ends tells both sides.
             _ = copy_input(&stream, &pipe) => {}
-            _ = no_readers(&pipe) => {}
+            // The process no longer reads; the host must not have to write to find out.
+            _ = pipe.ready(Interest::ERROR) => {}
         }
     });
     Ok(())
@@ -28,12 +30,7 @@ pub fn serve_input(stream: Stream, pipe: OwnedFd) -> io::Result<()> {
 pub fn serve_output(pipe: OwnedFd, stream: Stream) -> io::Result<()> {
     let pipe = register(pipe, Interest::READABLE)?;
     tokio::spawn(async move {
-        let ended = tokio::select! {
-            ended = copy_output(&pipe, &stream) => ended,
-            // Also while the process is silent: nobody will ever read what it writes.
-            _ = stream.broken() => Err(io::ErrorKind::BrokenPipe.into()),
-        };
-        match ended {
+        match copy_output(&pipe, &stream).await {
             Ok(()) => drop(stream.finish_writing()),
             // The host has let go of the stream. The process must not die of it: its words go nowhere.
             Err(_) => {
@@ -47,60 +44,37 @@ pub fn serve_output(pipe: OwnedFd, stream: Stream) -> io::Result<()> {
 
 async fn copy_input(stream: &Stream, pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
     loop {
-        // splice(2) does not say which side made it stop, so each side is asked before.
-        stream.when(Interest::READABLE, peek).await?;
-        let moved = pipe
-            .async_io(Interest::WRITABLE, |pipe| match splice(stream.as_fd(), pipe.as_fd(), CHUNK) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !writable(pipe) => Err(error),
-                // Somebody else's signal for the same bytes; look again.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-                other => other.map(Some),
-            })
-            .await?;
-        if moved == Some(0) {
-            return Ok(());
+        match splice(stream.as_fd(), pipe.get_ref().as_fd(), CHUNK) {
+            Ok(0) => return Ok(()),
+            Ok(_) => consume_budget().await,
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            // splice(2) does not say which of the two it would have had to wait for.
+            Err(_) if is(pipe.get_ref().as_fd(), PollFlags::POLLOUT) => {
+                stream.when(Interest::READABLE, |stream| wait_unless(stream, PollFlags::POLLIN)).await?;
+            }
+            Err(_) => {
+                pipe.async_io(Interest::WRITABLE, |pipe| wait_unless(pipe.as_fd(), PollFlags::POLLOUT))
+                    .await?;
+            }
         }
     }
-}
-
-/// Whether bytes, or the end, are there to be read.
-fn peek(socket: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
-    use nix::sys::socket::{MsgFlags, recv};
-    use std::os::fd::AsRawFd;
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    Ok(recv(socket.as_raw_fd(), &mut [0], flags).map(drop)?)
 }
 
 async fn copy_output(pipe: &AsyncFd<OwnedFd>, stream: &Stream) -> io::Result<()> {
     loop {
-        pipe.async_io(Interest::READABLE, |pipe| if readable(pipe) { Ok(()) } else { would_block() }).await?;
-        let moved =
-            stream.when(Interest::WRITABLE, |stream| splice(pipe.get_ref().as_fd(), stream, CHUNK)).await?;
-        if moved == 0 {
-            return Ok(());
+        match splice(pipe.get_ref().as_fd(), stream.as_fd(), CHUNK) {
+            Ok(0) => return Ok(()),
+            Ok(_) => consume_budget().await,
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) if is(pipe.get_ref().as_fd(), PollFlags::POLLIN) => {
+                stream.when(Interest::WRITABLE, |stream| wait_unless(stream, PollFlags::POLLOUT)).await?;
+            }
+            Err(_) => {
+                pipe.async_io(Interest::READABLE, |pipe| wait_unless(pipe.as_fd(), PollFlags::POLLIN))
+                    .await?;
+            }
         }
     }
-}
-
-fn would_block<T>() -> io::Result<T> {
-    Err(io::ErrorKind::WouldBlock.into())
-}
-
-fn ready_for(fd: &OwnedFd, events: nix::poll::PollFlags) -> bool {
-    use nix::poll::{PollFd, PollTimeout, poll};
-    poll(&mut [PollFd::new(fd.as_fd(), events)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-}
-
-fn readable(pipe: &OwnedFd) -> bool {
-    ready_for(pipe, nix::poll::PollFlags::POLLIN)
-}
-
-fn writable(pipe: &OwnedFd) -> bool {
-    ready_for(pipe, nix::poll::PollFlags::POLLOUT)
-}
-
-async fn no_readers(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    crate::link::hung_up(pipe.get_ref().as_fd()).await
 }
 
 async fn discard(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
@@ -108,4 +82,106 @@ async fn discard(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let null = nix::fcntl::open("/dev/null", flags, nix::sys::stat::Mode::empty())?;
     while pipe.async_io(Interest::READABLE, |pipe| splice(pipe.as_fd(), null.as_fd(), CHUNK)).await? > 0 {}
     Ok(())
+}
+
+/// Whether a descriptor is in a state now, or has failed or ended.
+fn is(fd: BorrowedFd<'_>, state: PollFlags) -> bool {
+    poll(&mut [PollFd::new(fd, state)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// What the event loop is told when it asks whether a state has come.
+fn wait_unless(fd: BorrowedFd<'_>, state: PollFlags) -> io::Result<()> {
+    if is(fd, state) { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    /// The agent's end, and the host's as a plain blocking file.
+    fn stream() -> (Stream, File) {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags).unwrap();
+        super::super::set_nonblocking(ours.as_fd()).unwrap();
+        (Stream::new(ours).unwrap(), theirs.into())
+    }
+
+    fn pipe() -> (File, File) {
+        let (read, write) = super::super::new_pipe().unwrap();
+        (read.into(), write.into())
+    }
+
+    async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+        tokio::task::spawn_blocking(work).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn output_is_whole_and_ends_with_the_last_writer() {
+        let ((read, mut write), (ours, mut theirs)) = (pipe(), stream());
+        super::super::set_nonblocking(read.as_fd()).unwrap();
+        serve_output(read.into(), ours).unwrap();
+        let writer = tokio::task::spawn_blocking(move || {
+            let second = write.try_clone().unwrap();
+            for number in 0..100_000u32 {
+                write.write_all(&number.to_le_bytes()).unwrap();
+            }
+            drop(write);
+            second
+        });
+        let mut first = vec![0; 400_000];
+        let (theirs, first) = on_thread(move || {
+            theirs.read_exact(&mut first).unwrap();
+            (theirs, first)
+        })
+        .await;
+        assert!(first.chunks_exact(4).zip(0u32..).all(|(bytes, number)| bytes == number.to_le_bytes()));
+        drop(writer.await.unwrap());
+        let mut theirs = theirs;
+        assert_eq!(on_thread(move || theirs.read(&mut [0]).unwrap()).await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_host_that_goes_does_not_end_the_process() {
+        let ((read, mut write), (ours, theirs)) = (pipe(), stream());
+        super::super::set_nonblocking(read.as_fd()).unwrap();
+        serve_output(read.into(), ours).unwrap();
+        drop(theirs);
+        // Far more than the pipe holds.
+        on_thread(move || write.write_all(&vec![0; 1 << 20])).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn input_ends_with_the_hosts_half_close() {
+        let ((mut read, write), (ours, mut theirs)) = (pipe(), stream());
+        super::super::set_nonblocking(write.as_fd()).unwrap();
+        serve_input(ours, write.into()).unwrap();
+        let writer = tokio::task::spawn_blocking(move || {
+            theirs.write_all(&vec![7; 1 << 20]).unwrap();
+            nix::sys::socket::shutdown(
+                std::os::fd::AsRawFd::as_raw_fd(&theirs),
+                nix::sys::socket::Shutdown::Write,
+            )
+            .unwrap();
+            theirs
+        });
+        let length = on_thread(move || {
+            let mut all = Vec::new();
+            read.read_to_end(&mut all).unwrap()
+        })
+        .await;
+        assert_eq!(length, 1 << 20);
+        drop(writer.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_process_that_no_longer_reads_ends_the_stream() {
+        let ((read, write), (ours, mut theirs)) = (pipe(), stream());
+        super::super::set_nonblocking(write.as_fd()).unwrap();
+        serve_input(ours, write.into()).unwrap();
+        drop(read);
+        assert_eq!(on_thread(move || theirs.read(&mut [0]).unwrap()).await, 0);
+    }
 }

@@ -24,18 +24,9 @@ pub fn serve(master: OwnedFd, stream: Option<Stream>) -> io::Result<()> {
             let _ = discard(&master).await;
             return;
         };
-        let ended = {
-            let output = copy_output(&master, &stream);
-            let input = async {
-                // The end of the input is not the end of the terminal.
-                let _ = copy_input(&stream, &master).await;
-                std::future::pending::<()>().await;
-            };
-            tokio::select! {
-                ended = output => ended,
-                () = input => Ok(()),
-                _ = stream.broken() => Err(io::ErrorKind::BrokenPipe.into()),
-            }
+        let ended = tokio::select! {
+            ended = copy_output(&master, &stream) => ended,
+            () = input_only(&stream, &master) => Ok(()),
         };
         match ended {
             Ok(()) => drop(stream.finish_writing()),
@@ -46,6 +37,12 @@ pub fn serve(master: OwnedFd, stream: Option<Stream>) -> io::Result<()> {
         }
     });
     Ok(())
+}
+
+/// The end of the input is not the end of the terminal, so this has none.
+async fn input_only(stream: &Stream, master: &AsyncFd<OwnedFd>) {
+    let _ = copy_input(stream, master).await;
+    std::future::pending().await
 }
 
 async fn copy_output(master: &AsyncFd<OwnedFd>, stream: &Stream) -> io::Result<()> {

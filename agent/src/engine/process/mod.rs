@@ -37,7 +37,7 @@ pub fn prepare(process: &Process, around: Surroundings<'_>) -> Result<Prepared> 
     let user = process.user();
     limits::set_rlimits(process.rlimits().as_deref().unwrap_or_default())?;
     if let Some(priority) = process.io_priority() {
-        limits::set_io_priority(&priority)?;
+        limits::set_io_priority(priority)?;
     }
     if let Some(scheduler) = process.scheduler() {
         limits::set_scheduler(scheduler)?;

@@ -54,6 +54,10 @@ impl Program {
         // Rust ignores the signal for itself; programs expect it to end them.
         // SAFETY: sets a default disposition, no handler.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        // The agent's own mask came along.
+        if let Err(error) = nix::sys::signal::SigSet::empty().thread_set_mask() {
+            return Error::System { action: "unblock signals".into(), source: error.into() };
+        }
         let error = match nix::unistd::execve(&self.path, &self.arguments, &self.environment) {
             Err(error) => io::Error::from(error),
             Ok(never) => match never {},
