@@ -10,7 +10,7 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 
 use super::args::Invocation;
 use super::{grouping, socket};
-use crate::config::{Config, ConfigError, RuntimeOptions};
+use crate::config::Config;
 use crate::ids::{InvalidName, Name};
 use crate::state::{Entry, Journal, PodDir, StateError, undo};
 
@@ -23,9 +23,6 @@ pub enum DeleteError {
     /// The command line names no usable container.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// The state directory is unknown.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// A side effect could not be undone.
     #[error(transparent)]
     State(#[from] StateError),
@@ -43,7 +40,7 @@ pub fn delete(invocation: &Invocation) -> Result<Vec<u8>, DeleteError> {
     let id = Name::new(&invocation.id)?;
     let bundle = invocation.bundle.clone().unwrap_or_else(|| PathBuf::from("../").join(id.as_str()));
     let group = Name::new(&grouping::group_id(&bundle, id.as_str()))?;
-    let pod = PodDir::new(&state_dir(&bundle)?, &namespace, &group);
+    let pod = PodDir::new(&state_dir(&bundle), &namespace, &group);
     // A member's own traces went with its Delete call; while the pod's shim lives, the rest is still in use.
     if id == group || !shim_lives(&pod)? {
         undo(&pod)?;
@@ -58,11 +55,12 @@ pub fn delete(invocation: &Invocation) -> Result<Vec<u8>, DeleteError> {
     Ok(response.write_to_bytes()?)
 }
 
-/// The serving process left the state directory's path in the bundle where it is not the default file's.
-fn state_dir(bundle: &Path) -> Result<PathBuf, ConfigError> {
+/// The serving process left the state directory's path in the bundle where it is not the default one. The
+/// configuration is not asked: it may have changed since, or be what kept the pod from starting.
+fn state_dir(bundle: &Path) -> PathBuf {
     match std::fs::read_to_string(bundle.join(crate::STATE_DIR_FILE)) {
-        Ok(path) => Ok(PathBuf::from(path)),
-        Err(_) => Ok(Config::load(&RuntimeOptions::default())?.runtime.state_dir),
+        Ok(path) => PathBuf::from(path),
+        Err(_) => Config::default().runtime.state_dir,
     }
 }
 
