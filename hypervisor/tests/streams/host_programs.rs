@@ -18,7 +18,10 @@ fn start() -> (tempfile::TempDir, Running) {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
     let mut vmm = Vmm::start();
-    assert_eq!(vmm.configure_with(&guest(), &[(FdRole::VsockListener, listener.as_fd())]), Ok(Response::Done));
+    assert_eq!(
+        vmm.configure_with(&guest(), &[(FdRole::VsockListener, listener.as_fd())]),
+        Ok(Response::Done)
+    );
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let expect = Command::Expect { port: AGENT_PORT };

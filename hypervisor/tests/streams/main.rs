@@ -8,8 +8,8 @@ mod cpio;
 #[path = "../machine/driver.rs"]
 #[allow(dead_code)]
 mod driver;
+mod ends;
 mod host_programs;
 mod pattern;
 mod rig;
 mod stdio;
-mod ends;

@@ -89,5 +89,9 @@ pub fn closed(running: &mut Running, port: u32) {
 
 pub fn report(what: &str, bytes: u64, start: Instant) {
     let seconds = start.elapsed().as_secs_f64();
-    println!("{what}: {} MiB in {seconds:.2} s, {:.0} MiB/s", bytes / MIB, bytes as f64 / MIB as f64 / seconds);
+    println!(
+        "{what}: {} MiB in {seconds:.2} s, {:.0} MiB/s",
+        bytes / MIB,
+        bytes as f64 / MIB as f64 / seconds
+    );
 }

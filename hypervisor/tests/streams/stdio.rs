@@ -1,6 +1,7 @@
 //! Standard streams of a container: pipes and FIFOs, much data, at any pace.
 
 use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
@@ -45,33 +46,32 @@ fn a_quarter_gib_enters_the_guest() {
 #[ignore = "needs KVM"]
 fn fifos_carry_both_directions_at_once() {
     let directory = tempfile::tempdir().unwrap();
-    let open = |name: &str, mine: bool, write: bool| -> File {
-        let flags = if mine { 0 } else { nix::libc::O_NONBLOCK };
-        let mut options = OpenOptions::new();
-        options.read(!write || !mine).write(write || !mine).custom_flags(flags);
-        options.open(directory.path().join(name)).unwrap()
-    };
+    let path = |name| directory.path().join(name);
     for name in ["stdin", "stdout"] {
-        nix::unistd::mkfifo(&directory.path().join(name), Mode::S_IRWXU).unwrap();
+        nix::unistd::mkfifo(&path(name), Mode::S_IRWXU).unwrap();
     }
     let mut running = start();
     // As a shim opens them: without waiting for the other side.
-    let (source, sink) = (open("stdin", false, false), open("stdout", false, true));
-    let (mine_in, mine_out) = (open("stdin", true, true), open("stdout", true, false));
+    let source =
+        OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path("stdin")).unwrap();
+    let sink = OpenOptions::new().read(true).write(true).open(path("stdout")).unwrap();
+    let stdin = OpenOptions::new().write(true).open(path("stdin")).unwrap();
+    let mut stdout = OpenOptions::new().read(true).open(path("stdout")).unwrap();
     let fds = [(FdRole::StreamSource, source.as_fd()), (FdRole::StreamSink, sink.as_fd())];
     expect(&mut running, 100, &fds);
     let start = Instant::now();
     running.send(&format!("both 100 {}", 32 * MIB));
-    let writing = thread::spawn(move || write(mine_in, 100, 32 * MIB, 10_000));
+    let writing = thread::spawn(move || write(stdin, 100, 32 * MIB, 10_000));
     let mut pattern = crate::pattern::Pattern::new(100);
     let mut bytes = vec![0; 65_536];
-    let mut reader = mine_out;
     while pattern.total < 32 * MIB {
-        let count = std::io::Read::read(&mut reader, &mut bytes).unwrap();
+        let count = stdout.read(&mut bytes).unwrap();
         assert!(pattern.check(&bytes[..count]));
     }
     writing.join().unwrap();
     report("both directions", 64 * MIB, start);
+    assert_eq!(running.reply(), format!("100 received {}", 32 * MIB));
+    closed(&mut running, 100);
 }
 
 #[test]
@@ -103,8 +103,9 @@ fn a_hundred_streams_at_a_time() {
     for (port, _) in &streams {
         running.send(&format!("send {port} {MIB}"));
     }
-    let readers =
-        streams.into_iter().map(|(port, reader)| thread::spawn(move || check(reader, port, 65_536, ALL_AT_ONCE)));
+    let readers = streams
+        .into_iter()
+        .map(|(port, reader)| thread::spawn(move || check(reader, port, 65_536, ALL_AT_ONCE)));
     for reader in readers.collect::<Vec<_>>() {
         assert_eq!(reader.join().unwrap(), MIB);
     }

@@ -34,10 +34,10 @@ const NARROW_WINDOW: u32 = 16 * 1024;
 const MAX_ANSWERS: usize = 256;
 
 /// Packets of the guest handled before what it is owed is sent.
-const BATCH: usize = 64;
+const BATCH: usize = 32;
 
 /// Batches per call. What is left is done in the next call, so that other devices of the thread have their turn.
-const ROUNDS: usize = 16;
+const ROUNDS: usize = 8;
 
 /// Ports for connections that host programs ask for, used in turn.
 const FIRST_HOST_PORT: u32 = 1 << 30;
