@@ -18,7 +18,7 @@ impl Pattern {
         let mut state = u64::from(seed) << 1 | 1;
         let block = (0..BLOCK).map(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as u8
+            state.to_be_bytes()[0]
         });
         Self { block: block.collect(), at: 0, total: 0 }
     }

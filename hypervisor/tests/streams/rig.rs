@@ -88,10 +88,7 @@ pub fn closed(running: &mut Running, port: u32) {
 }
 
 pub fn report(what: &str, bytes: u64, start: Instant) {
-    let seconds = start.elapsed().as_secs_f64();
-    println!(
-        "{what}: {} MiB in {seconds:.2} s, {:.0} MiB/s",
-        bytes / MIB,
-        bytes as f64 / MIB as f64 / seconds
-    );
+    let elapsed = start.elapsed();
+    let rate = u128::from(bytes / MIB) * 1000 / elapsed.as_millis().max(1);
+    println!("{what}: {} MiB in {:.2} s, {rate} MiB/s", bytes / MIB, elapsed.as_secs_f64());
 }
