@@ -27,7 +27,8 @@ fn main() {
 fn say(line: &str) {
     // In one piece: each write is an entry of its own.
     let entry = format!("<0>{line}\n");
-    let written = OpenOptions::new().write(true).open("/dev/kmsg").and_then(|mut log| log.write_all(entry.as_bytes()));
+    let written =
+        OpenOptions::new().write(true).open("/dev/kmsg").and_then(|mut log| log.write_all(entry.as_bytes()));
     written.unwrap_or_else(|error| println!("{line} ({error})"));
 }
 
@@ -87,9 +88,25 @@ fn obey(words: &[&str]) -> Result<String> {
         ["read", slot, offset, length] => read(slot, offset.parse()?, length.parse()?),
         ["discard", slot, offset, length] => {
             let range: [u64; 2] = [offset.parse()?, length.parse()?];
-            // BLKDISCARD.
+            // SAFETY: BLKDISCARD reads two u64 from the address given.
             let code = unsafe { libc::ioctl(open(slot)?.as_raw_fd(), 0x1277, range.as_ptr()) };
             if code == -1 { Err(io::Error::last_os_error().into()) } else { Ok("done".into()) }
+        }
+        ["mount-shared"] => {
+            fs::create_dir_all("/shared")?;
+            mount(
+                Some(vmshim_protocol::shared::TAG),
+                "/shared",
+                Some("virtiofs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )?;
+            Ok("done".into())
+        }
+        ["cat", path] => Ok(fs::read_to_string(path)?.trim().to_owned()),
+        ["echo", text, path] => {
+            fs::write(path, text)?;
+            Ok("done".into())
         }
         ["random", length] => {
             let mut data = vec![0; length.parse()?];
@@ -114,7 +131,11 @@ fn online() -> Result<String> {
             fs::write(switch, "1")?;
         }
     }
-    Ok(fs::read_to_string("/proc/cpuinfo")?.lines().filter(|line| line.starts_with("processor")).count().to_string())
+    Ok(fs::read_to_string("/proc/cpuinfo")?
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count()
+        .to_string())
 }
 
 /// KiB that the kernel has.
@@ -146,7 +167,8 @@ fn open(slot: &str) -> Result<File> {
 /// The first byte and whether all are the same.
 fn read(slot: &str, offset: u64, length: usize) -> Result<String> {
     let file = File::open(format!("/dev/{}", disk(slot)?.1))?;
-    // BLKFLSBUF: what is cached of the disk may be older than the disk.
+    // What is cached of the disk may be older than the disk.
+    // SAFETY: BLKFLSBUF takes no argument.
     if unsafe { libc::ioctl(file.as_raw_fd(), 0x1261, 0) } == -1 {
         return Err(io::Error::last_os_error().into());
     }
@@ -166,13 +188,15 @@ fn kernel_log() -> Result<String> {
     while let Ok(length) = nix::unistd::read(&mut log, &mut buffer) {
         let text = String::from_utf8_lossy(&buffer[..length]);
         let time = text.split(',').nth(2).unwrap_or_default().to_owned();
-        let message = text.split(';').nth(1).unwrap_or_default().lines().next().unwrap_or_default().to_owned();
+        let message =
+            text.split(';').nth(1).unwrap_or_default().lines().next().unwrap_or_default().to_owned();
         lines.push(format!("{time} {message}"));
     }
     Ok(lines.join("|"))
 }
 
 fn power_off() -> Result<()> {
+    // SAFETY: touches no memory.
     if unsafe { libc::ioperm(POWER_PORT.into(), 1, 1) } == -1 {
         return Err(io::Error::last_os_error().into());
     }

@@ -85,9 +85,9 @@ mod tests {
         let line = CommandLine::new(&[(0xd000_0000, 5), (0xd000_1000, 6)], " quiet=0 ").unwrap();
         let text = line.0.to_str().unwrap();
         assert!(text.starts_with("console=ttyS0 "));
-        assert!(text.ends_with(
-            " virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 quiet=0"
-        ));
+        assert!(
+            text.ends_with(" virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 quiet=0")
+        );
     }
 
     #[test]

@@ -44,8 +44,7 @@ impl Image {
     /// # Errors
     /// When the file is not a kernel.
     pub fn read(file: &File) -> Result<Self, BootError> {
-        let mut start = Vec::new();
-        start.resize(SETUP_MAGIC + 4, 0);
+        let mut start = vec![0; SETUP_MAGIC + 4];
         file.read_exact_at(&mut start, 0).map_err(unexpected_end(BootError::NotAKernel))?;
         let header = Fields(&start[..FILE_HEADER]);
         let is_x86_64_elf = header.0.starts_with(b"\x7fELF\x02\x01") && header.u16(18) == 62;
@@ -108,7 +107,7 @@ impl Segment {
     }
 
     fn copy(&self, ram: &GuestRam, file: &File, from: u64, to: u64) -> Result<(), BootError> {
-        let mut buffer = [0; PAGE as usize];
+        let mut buffer = [0; 4096];
         let mut address = from;
         while address < to {
             let len = usize::try_from(to - address).unwrap_or(usize::MAX).min(buffer.len());
@@ -213,12 +212,14 @@ mod tests {
     }
 
     fn data(len: usize) -> Vec<u8> {
-        (0..len).map(|i| (i % 251) as u8).collect()
+        (0..251).cycle().take(len).collect()
     }
 
     #[test]
     fn segments_are_loaded_whole_whatever_their_alignment() {
-        for (address, offset) in [(0x20_0000, 0x1000), (0x20_0010, 0x1010), (0x20_0ff0, 0x1100), (0x20_0f00, 0x1f00)] {
+        for (address, offset) in
+            [(0x20_0000, 0x1000), (0x20_0010, 0x1010), (0x20_0ff0, 0x1100), (0x20_0f00, 0x1f00)]
+        {
             for len in [1, 0x100, 0xf0, 0x1000, 0x2345, 0x3000] {
                 let data = data(len);
                 let file = file(&elf(address, offset, &data, 0x10000));
@@ -251,11 +252,21 @@ mod tests {
         let good = || elf(0x20_0000, 0x1000, &data(16), 16);
         assert!(read(&good()).is_ok());
         assert!(matches!(read(&good()[..4100]), Err(BootError::Damaged(_))));
-        for (at, value) in [(24, 0u64), (24, u64::MAX), (88, 0x1000), (88, u64::MAX), (96, 17), (104, u64::MAX), (32, 1 << 60)]
-        {
+        for (at, value) in [
+            (24, 0u64),
+            (24, u64::MAX),
+            (88, 0x1000),
+            (88, u64::MAX),
+            (96, 17),
+            (104, u64::MAX),
+            (32, 1 << 60),
+        ] {
             let mut bad = good();
             bad[at..at + 8].copy_from_slice(&value.to_le_bytes());
-            assert!(matches!(read(&bad), Err(BootError::Damaged(_) | BootError::Kernel(_))), "{at} {value:#x}");
+            assert!(
+                matches!(read(&bad), Err(BootError::Damaged(_) | BootError::Kernel(_))),
+                "{at} {value:#x}"
+            );
         }
     }
 

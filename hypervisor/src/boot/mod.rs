@@ -52,7 +52,9 @@ pub enum BootError {
     #[error("the kernel image is damaged: {0}")]
     Damaged(&'static str),
     /// RAM cannot hold it all.
-    #[error("{have_mib} MiB of memory are too little for this kernel and initramfs; they need at least {need_mib} MiB")]
+    #[error(
+        "{have_mib} MiB of memory are too little for this kernel and initramfs; they need at least {need_mib} MiB"
+    )]
     TooLittleMemory {
         /// Configured.
         have_mib: u64,

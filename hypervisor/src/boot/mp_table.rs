@@ -107,6 +107,9 @@ mod tests {
     fn every_cpu_is_listed_once() {
         let table = table(3);
         let cpus: Vec<_> = table[POINTER_BYTES + HEADER_BYTES..].chunks(20).take(3).collect();
-        assert_eq!(cpus.iter().map(|cpu| (cpu[0], cpu[1], cpu[3])).collect::<Vec<_>>(), [(0, 0, 3), (0, 1, 1), (0, 2, 1)]);
+        assert_eq!(
+            cpus.iter().map(|cpu| (cpu[0], cpu[1], cpu[3])).collect::<Vec<_>>(),
+            [(0, 0, 3), (0, 1, 1), (0, 2, 1)]
+        );
     }
 }

@@ -59,10 +59,11 @@ fn memory_map(ram: &GuestRam) -> impl Iterator<Item = boot_e820_entry> {
         (HIGH_MEMORY, low.saturating_sub(HIGH_MEMORY), RAM),
         (MMIO_GAP_END, high, RAM),
     ];
-    ranges
-        .into_iter()
-        .filter(|(_, size, _)| *size > 0)
-        .map(|(addr, size, kind)| boot_e820_entry { addr, size, r#type: kind })
+    ranges.into_iter().filter(|(_, size, _)| *size > 0).map(|(addr, size, kind)| boot_e820_entry {
+        addr,
+        size,
+        r#type: kind,
+    })
 }
 
 /// Random bytes with which the guest's generator is ready at once, where its CPU offers none.

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmshim_protocol::control::{
-    Command, ControlSocket, Event, Failure, FailureKind, FdRole, MachineConfig, Message, Outcome, Request, Response,
-    SocketError, State, Statistics,
+    Command, ControlSocket, Event, Failure, FailureKind, FdRole, MachineConfig, Message, Outcome, Request,
+    Response, SocketError, State, Statistics,
 };
 
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
@@ -83,7 +83,10 @@ impl Server {
             event_loop,
             outbox,
             ending: Ending::new()?,
-            deadline: TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?,
+            deadline: TimerFd::new(
+                ClockId::CLOCK_MONOTONIC,
+                TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
+            )?,
             streams,
             started_ns,
             first_dial_ns,
@@ -159,12 +162,13 @@ impl Server {
         fds: &mut Descriptors,
     ) -> Result<Response, Failure> {
         if life.spent {
-            return Err(precondition("the machine is configured already, or could not be; start another VMM"));
+            return Err(precondition(
+                "the machine is configured already, or could not be; start another VMM",
+            ));
         }
         let plan = Plan::try_from(config).map_err(invalid)?;
         let mut take = |role| fds.take(role).map_err(invalid);
-        let (kvm, kernel, initramfs) =
-            (take(FdRole::Kvm)?, take(FdRole::Kernel)?, take(FdRole::Initramfs)?);
+        let (kvm, kernel, initramfs) = (take(FdRole::Kvm)?, take(FdRole::Kernel)?, take(FdRole::Initramfs)?);
         let vsock_listener = fds.take_optional(FdRole::VsockListener);
         life.spent = true;
         let identity = Identity { uid: plan.uid(), gid: plan.gid() };
@@ -180,7 +184,8 @@ impl Server {
             ending: self.ending.clone(),
         };
         let built = machine::build(&plan, parts, &self.event_loop);
-        life.machine = Some(built.map_err(|error| Failure { kind: error.kind(), message: sentence(&error) })?);
+        life.machine =
+            Some(built.map_err(|error| Failure { kind: error.kind(), message: sentence(&error) })?);
         Ok(Response::Done)
     }
 

@@ -16,7 +16,8 @@ const IDENTITY_MAP: &[u8] = b"0 0 4294967295\n";
 /// of the parent namespace may do so, hence a child that waits until it can.
 pub fn map_while(unshare: impl FnOnce() -> Result<(), Errno>) -> Result<(), JailError> {
     let parent = getpid();
-    let pipe = || std::io::pipe().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)));
+    let pipe =
+        || std::io::pipe().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)));
     let (mut go_on, mut begin) = pipe().tried("make a pipe")?;
     // SAFETY: the process has one thread, so the child may do whatever its parent could.
     match unsafe { fork() }.tried("fork a helper")? {
@@ -45,7 +46,10 @@ pub fn map_while(unshare: impl FnOnce() -> Result<(), Errno>) -> Result<(), Jail
 
 fn write_maps(process: i32) -> std::io::Result<()> {
     for map in ["uid_map", "gid_map"] {
-        std::fs::OpenOptions::new().write(true).open(format!("/proc/{process}/{map}"))?.write_all(IDENTITY_MAP)?;
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(format!("/proc/{process}/{map}"))?
+            .write_all(IDENTITY_MAP)?;
     }
     Ok(())
 }

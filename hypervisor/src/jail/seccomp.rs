@@ -58,8 +58,13 @@ const COMMON: &[c_long] = &[
 const WORKER: &[c_long] = &[libc::SYS_epoll_pwait, libc::SYS_epoll_wait];
 
 /// A device is started and reset by the vCPU that writes its status.
-const VCPU: &[c_long] =
-    &[libc::SYS_eventfd2, libc::SYS_fcntl, libc::SYS_ftruncate, libc::SYS_shutdown, libc::SYS_timerfd_settime];
+const VCPU: &[c_long] = &[
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_ftruncate,
+    libc::SYS_shutdown,
+    libc::SYS_timerfd_settime,
+];
 
 const IO: &[c_long] = &[
     libc::SYS_accept4,
@@ -78,8 +83,7 @@ const IO: &[c_long] = &[
     libc::SYS_timerfd_settime,
 ];
 
-const BLK: &[c_long] =
-    &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv, libc::SYS_pwritev];
+const BLK: &[c_long] = &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv, libc::SYS_pwritev];
 
 /// See [`crate::devices::virtio::fs::needs`], whose names these are, and which says why.
 const FS: &[c_long] = &[
@@ -158,19 +162,22 @@ pub fn apply(role: Role) -> Result<(), JailError> {
 }
 
 fn compile(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = role.system_calls().map(|call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
+        role.system_calls().map(|call| (call, Vec::new())).collect();
     let requests = role
         .requests()
         .iter()
         .map(|&request| {
-            let is_request = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request.into())?;
+            let is_request =
+                SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request.into())?;
             SeccompRule::new(vec![is_request])
         })
         .collect::<Result<Vec<_>, _>>()?;
     if !requests.is_empty() {
         rules.insert(libc::SYS_ioctl, requests);
     }
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
 }
 
 #[cfg(test)]
@@ -201,9 +208,22 @@ mod tests {
     #[test]
     fn nobody_may_execute_trace_mount_or_make_a_socket() {
         let forbidden = [
-            libc::SYS_execve, libc::SYS_execveat, libc::SYS_fork, libc::SYS_clone, libc::SYS_clone3, libc::SYS_ptrace,
-            libc::SYS_mount, libc::SYS_move_mount, libc::SYS_unshare, libc::SYS_setns, libc::SYS_socket,
-            libc::SYS_connect, libc::SYS_bpf, libc::SYS_io_uring_setup, libc::SYS_prctl, libc::SYS_kill,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_fork,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_ptrace,
+            libc::SYS_mount,
+            libc::SYS_move_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bpf,
+            libc::SYS_io_uring_setup,
+            libc::SYS_prctl,
+            libc::SYS_kill,
         ];
         for role in ROLES {
             assert!(role.system_calls().all(|call| !forbidden.contains(&call)), "{role:?}");

@@ -17,11 +17,11 @@ use super::platform::{Platform, PlatformError};
 use super::{Ending, Machine, Plan};
 use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError};
 use crate::devices::legacy::Console;
+use crate::devices::virtio::SharedDevice;
 use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Streams, Vsock};
-use crate::devices::virtio::SharedDevice;
 use crate::event_loop::EventLoop;
 use crate::jail::{self, JailError, Role};
 use crate::memory::{GuestRam, MemoryError};
@@ -86,7 +86,9 @@ impl BuildError {
     pub fn kind(&self) -> FailureKind {
         match self {
             Self::Boot(BootError::Map(_) | BootError::Memory(_) | BootError::Seed(_)) => FailureKind::Host,
-            Self::Boot(_) | Self::CommandLine(_) | Self::Shared(_) | Self::Kvm(KvmError::NotKvm(_)) => FailureKind::InvalidArgument,
+            Self::Boot(_) | Self::CommandLine(_) | Self::Shared(_) | Self::Kvm(KvmError::NotKvm(_)) => {
+                FailureKind::InvalidArgument
+            }
             _ => FailureKind::Host,
         }
     }

@@ -67,8 +67,9 @@ impl Vm {
         fd.set_tss_address(TASK_STATE).map_err(failed("reserve its task state"))?;
         fd.create_irq_chip().map_err(failed("emulate interrupt controllers"))?;
         add_memory(&fd, ram)?;
-        let supported_cpuid =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("list the features of its CPUs"))?;
+        let supported_cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("list the features of its CPUs"))?;
         Ok(Self { fd, supported_cpuid, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
     }
 
@@ -88,7 +89,7 @@ impl Vm {
 fn check(kvm: &Kvm) -> Result<(), KvmError> {
     // An old descriptor of anything else fails with ENOTTY here.
     match kvm.get_api_version() {
-        version if version == KVM_API_VERSION as i32 => {}
+        version if version == KVM_API_VERSION.cast_signed() => {}
         -1 => return Err(KvmError::NotKvm(kvm_ioctls::Error::last())),
         version => return Err(KvmError::Version(version)),
     }
@@ -120,7 +121,8 @@ fn with_copy<T>(
     with: impl FnOnce(&vmm_sys_util::eventfd::EventFd) -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
     let copy = event.as_fd().try_clone_to_owned();
-    let copy = copy.map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(nix::libc::EMFILE)))?;
+    let copy =
+        copy.map_err(|error| kvm_ioctls::Error::new(error.raw_os_error().unwrap_or(nix::libc::EMFILE)))?;
     // SAFETY: the copy is an eventfd, is ours, and given up here.
     with(&unsafe { vmm_sys_util::eventfd::EventFd::from_raw_fd(copy.into_raw_fd()) })
 }

@@ -69,7 +69,8 @@ impl Platform {
         device: SharedDevice,
     ) -> Result<(), PlatformError> {
         let index = u32::try_from(self.windows.len()).map_err(|_| PlatformError::NoLine)?;
-        let line = FIRST_LINE.checked_add(index).filter(|line| *line <= LAST_LINE).ok_or(PlatformError::NoLine)?;
+        let line =
+            FIRST_LINE.checked_add(index).filter(|line| *line <= LAST_LINE).ok_or(PlatformError::NoLine)?;
         let window = FIRST_WINDOW + u64::from(index) * MMIO_WINDOW;
         let interrupt = Interrupt::new()?;
         vm.interrupt_by(interrupt.irqfd(), line)?;
@@ -83,5 +84,67 @@ impl Platform {
         self.windows.push((window, line));
         self.devices.push(device);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::devices::virtio::blk::Blk;
+    use crate::devices::virtio::rng::Rng;
+
+    fn platform() -> (Platform, Vm, EventLoop) {
+        let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let vm = Vm::new(kvm.into(), &ram).unwrap();
+        let event_loop = EventLoop::new().unwrap();
+        let mut platform = Platform::default();
+        platform.add_legacy(&vm, Console::default(), &Ending::new().unwrap()).unwrap();
+        let rng = SharedDevice::new(Arc::new(Mutex::new(Rng::new())));
+        let blk = SharedDevice::new(Arc::new(Mutex::new(Blk::new(0))));
+        platform.add_virtio(&vm, &ram, &event_loop, rng).unwrap();
+        platform.add_virtio(&vm, &ram, &event_loop, blk).unwrap();
+        (platform, vm, event_loop)
+    }
+
+    #[test]
+    #[ignore = "needs KVM"]
+    fn there_are_as_many_devices_as_interrupt_lines() {
+        let (mut platform, vm, event_loop) = platform();
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let mut add = || {
+            let device = SharedDevice::new(Arc::new(Mutex::new(Rng::new())));
+            platform.add_virtio(&vm, &ram, &event_loop, device)
+        };
+        for _ in FIRST_LINE + 2..=LAST_LINE {
+            add().unwrap();
+        }
+        assert!(matches!(add(), Err(PlatformError::NoLine)));
+        assert_eq!(platform.windows.last(), Some(&(0xd001_2000, 23)));
+    }
+
+    /// Of the class of cloud-hypervisor's panics by odd accesses (8506, 8405, 8417).
+    #[test]
+    #[ignore = "needs KVM"]
+    fn any_access_of_a_guest_is_answered() {
+        let (platform, _vm, _event_loop) = platform();
+        let port = prop_oneof![any::<u16>(), 0x3f8u16..0x400, 0x60u16..0x65, Just(0x600)];
+        let register = prop_oneof![any::<u64>(), 0xd000_0000u64..0xd000_2000];
+        let data = prop::collection::vec(any::<u8>(), 0..9);
+        proptest!(|(port in port, register in register, data in data)| {
+            platform.ports.write(u64::from(port), &data);
+            platform.registers.write(register, &data);
+            let mut data = data;
+            platform.ports.read(u64::from(port), &mut data);
+            platform.registers.read(register, &mut data);
+            if !(0xd000_0000..0xd000_2000).contains(&register) {
+                prop_assert!(data.iter().all(|&byte| byte == 0xff));
+            }
+        });
     }
 }

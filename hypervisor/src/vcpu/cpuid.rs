@@ -139,7 +139,8 @@ mod tests {
     fn supported() -> CpuId {
         let deepest = kvm_cpuid_entry2 { function: 0, eax: 0x1f, ..Default::default() };
         let caches = kvm_cpuid_entry2 { function: 4, index: 3, eax: 0xfc00_4163, ..Default::default() };
-        let entries = [deepest, entry(1, u32::MAX), caches, entry(0xa, 7), entry(0xb, 9), entry(0x8000_0001, u32::MAX)];
+        let entries =
+            [deepest, entry(1, u32::MAX), caches, entry(0xa, 7), entry(0xb, 9), entry(0x8000_0001, u32::MAX)];
         CpuId::from_entries(&entries).unwrap()
     }
 

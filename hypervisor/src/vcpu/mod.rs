@@ -197,7 +197,3 @@ enum Step {
     Called,
     Over(Outcome),
 }
-
-#[cfg(test)]
-#[path = "vcpu_tests.rs"]
-mod tests;

@@ -1,5 +1,7 @@
 //! An initramfs that holds one program.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::path::Path;
 
 /// A cpio archive (newc) with `program` as `/init` and the places where it mounts.

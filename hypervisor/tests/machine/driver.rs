@@ -1,5 +1,7 @@
 //! The shim's side of the control socket.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Program, Stdio};
 use std::time::Duration;
 
-use nix::sys::time::TimeVal;
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 use vmshim_protocol::control::{
-    Command, ControlSocket, Event, Failure, FdRole, MachineConfig, Message, Outcome, Request, Response, State,
-    Statistics,
+    Command, ControlSocket, Event, Failure, FdRole, MachineConfig, Message, Outcome, Request, Response,
+    State, Statistics,
 };
 use vmshim_protocol::vsock::AGENT_PORT;
 
@@ -194,8 +196,17 @@ impl Drop for Vmm {
 impl Running {
     /// Boots `guest` and waits until it has dialled. `before` may attach disks.
     pub fn start(guest: &Guest, before: impl FnOnce(&mut Vmm)) -> Self {
+        Self::start_with(guest, &[], before)
+    }
+
+    /// As [`Running::start`], with more descriptors for the machine.
+    pub fn start_with(
+        guest: &Guest,
+        more: &[(FdRole, BorrowedFd<'_>)],
+        before: impl FnOnce(&mut Vmm),
+    ) -> Self {
         let mut vmm = Vmm::start();
-        assert_eq!(vmm.configure(guest), Ok(Response::Done));
+        assert_eq!(vmm.configure_with(guest, more), Ok(Response::Done));
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
         let expect = Command::Expect { port: AGENT_PORT };

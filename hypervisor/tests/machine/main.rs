@@ -2,7 +2,10 @@
 //!
 //! Ignored by default, since they need a host that runs ordinary guests; `scripts/test` runs them in the test host.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod cpio;
 mod driver;
+mod jail;
 mod outcomes;
 mod running;

@@ -89,7 +89,10 @@ fn too_little_memory() {
     guest.config.memory_mib = 32;
     let (kind, message) = refusal(&guest);
     assert_eq!(kind, FailureKind::InvalidArgument);
-    assert!(message.starts_with("32 MiB of memory are too little for this kernel and initramfs"), "{message}");
+    assert!(
+        message.starts_with("32 MiB of memory are too little for this kernel and initramfs"),
+        "{message}"
+    );
 }
 
 #[test]

@@ -116,7 +116,8 @@ fn slots_take_disks_and_give_them_up_while_the_guest_runs() {
     attach(&mut running.vmm, 0, &file, false);
     wait_for_size(&mut running, "slot0", "4096");
     assert_eq!(running.tell("write slot0 0 65536 9"), "done");
-    let again = running.vmm.ask(Command::AttachDisk { slot: 0, read_only: false }, &[(FdRole::Disk, file.as_fd())]);
+    let again =
+        running.vmm.ask(Command::AttachDisk { slot: 0, read_only: false }, &[(FdRole::Disk, file.as_fd())]);
     assert_eq!(again.unwrap_err().kind, FailureKind::FailedPrecondition);
     assert_eq!(running.vmm.ask(Command::DetachDisk { slot: 0 }, &[]), Ok(Response::Done));
     wait_for_size(&mut running, "slot0", "0");
@@ -156,7 +157,9 @@ fn a_paused_guest_stands_still() {
 #[ignore = "needs KVM"]
 fn commands_out_of_order_are_refused() {
     let mut vmm = Vmm::start();
-    for command in [Command::Boot { deadline_ms: 1 }, Command::Pause, Command::Resume, Command::DetachDisk { slot: 0 }] {
+    for command in
+        [Command::Boot { deadline_ms: 1 }, Command::Pause, Command::Resume, Command::DetachDisk { slot: 0 }]
+    {
         assert_eq!(vmm.ask(command, &[]).unwrap_err().kind, FailureKind::FailedPrecondition);
     }
     assert_eq!(vmm.state(), State::New);

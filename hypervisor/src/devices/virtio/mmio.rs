@@ -106,12 +106,7 @@ pub struct MmioTransport {
 
 impl MmioTransport {
     /// A transport in reset.
-    pub fn new(
-        device: SharedDevice,
-        memory: GuestRam,
-        interrupt: Interrupt,
-        registrar: Registrar,
-    ) -> Self {
+    pub fn new(device: SharedDevice, memory: GuestRam, interrupt: Interrupt, registrar: Registrar) -> Self {
         let queue_sizes = device.lock().queue_sizes().to_vec();
         let registers = Registers {
             phase: Phase::Reset,
@@ -193,10 +188,12 @@ impl MmioTransport {
         match (registers.phase, value & !NEEDS_RESET) {
             (Phase::Reset, ACKNOWLEDGE) => registers.phase = Phase::Acknowledged,
             (Phase::Acknowledged, bits) if bits == ACKNOWLEDGE | DRIVER => registers.phase = Phase::Driver,
-            (Phase::Driver, bits) if bits == ACKNOWLEDGE | DRIVER | FEATURES_OK => {
-                if self.acceptable(registers.driver_features) {
-                    registers.phase = Phase::Configuring;
-                }
+            // Otherwise the bit stays clear, by which the driver sees that its choice is refused.
+            (Phase::Driver, bits)
+                if bits == ACKNOWLEDGE | DRIVER | FEATURES_OK
+                    && self.acceptable(registers.driver_features) =>
+            {
+                registers.phase = Phase::Configuring;
             }
             (Phase::Configuring, bits) if bits == ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK => {
                 registers.phase = self.activate(registers);
@@ -282,10 +279,10 @@ impl MmioTransport {
     fn write_config(&self, offset: u64, data: &[u8]) {
         let registers = lock(&self.registers);
         // Drivers may write from the moment they know the device (section 3.1.1 step 7); before, they have no business.
-        if matches!(registers.phase, Phase::Configuring | Phase::Running) {
-            if let Ok(offset) = u32::try_from(offset) {
-                self.device.lock().write_config(offset, data);
-            }
+        if matches!(registers.phase, Phase::Configuring | Phase::Running)
+            && let Ok(offset) = u32::try_from(offset)
+        {
+            self.device.lock().write_config(offset, data);
         }
     }
 }

@@ -56,7 +56,10 @@ impl Service {
         }
     }
 
-    fn try_serve(&mut self, mut answer: impl FnMut(&GuestRam, Chain) -> u32) -> Result<(), virtio_queue::Error> {
+    fn try_serve(
+        &mut self,
+        mut answer: impl FnMut(&GuestRam, Chain) -> u32,
+    ) -> Result<(), virtio_queue::Error> {
         let mut served = 0;
         loop {
             self.queue.disable_notification(&*self.memory)?;

@@ -1,7 +1,6 @@
 //! The guest's buffers of one request, as ranges of host addresses for `preadv` and `pwritev`.
 
 use nix::libc::{self, c_int, iovec};
-use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use crate::memory::GuestRam;
@@ -26,7 +25,8 @@ impl Buffers {
     pub fn push(&mut self, address: GuestAddress, len: u32, access: Permissions) -> Option<()> {
         let count = usize::try_from(len).ok()?;
         let slices = GuestMemory::get_slices(&*self.memory, address, count, access).ok()?;
-        for slice in slices.stop_on_error().ok()? {
+        for slice in slices {
+            let slice = slice.ok()?;
             let guard = slice.ptr_guard_mut();
             self.vectors.push(iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });
         }

@@ -101,7 +101,12 @@ impl Disk {
         &self,
         extent: Extent,
         buffers: &mut Buffers,
-        call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t,
+        call: unsafe extern "C" fn(
+            libc::c_int,
+            *const libc::iovec,
+            libc::c_int,
+            libc::off_t,
+        ) -> libc::ssize_t,
         at_zero: io::ErrorKind,
     ) -> io::Result<()> {
         let mut offset = extent.start;

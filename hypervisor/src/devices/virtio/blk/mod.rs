@@ -103,7 +103,8 @@ impl Blk {
 
     fn config(&self) -> [u8; CONFIG_BYTES] {
         let mut config = [0; CONFIG_BYTES];
-        let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0, &self.disk.as_ref().map_or(0, Disk::sectors).to_le_bytes());
         put(8, &SEGMENT_BYTES.to_le_bytes());
         put(12, &MAX_SEGMENTS.to_le_bytes());
@@ -149,7 +150,8 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        let common = feature::SIZE_MAX | feature::SEG_MAX | feature::FLUSH | RING_EVENT_IDX | RING_INDIRECT_DESC;
+        let common =
+            feature::SIZE_MAX | feature::SEG_MAX | feature::FLUSH | RING_EVENT_IDX | RING_INDIRECT_DESC;
         match &self.disk {
             Some(disk) if disk.is_read_only() => common | feature::READ_ONLY,
             _ => common | feature::DISCARD | feature::WRITE_ZEROES,
