@@ -9,6 +9,10 @@ use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// How often a directory is tried again when its parent vanishes in between, because another pod's end has just left
+/// it empty.
+const RACES: usize = 16;
+
 /// A cgroup's name is not usable.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("linux.cgroupsPath {0:?} is not a path below the cgroup root")]
@@ -36,12 +40,32 @@ impl Cgroup {
         &self.directories
     }
 
+    /// The parents that [`Cgroup::create`] would have to make, outermost first.
+    pub fn missing_parents(&self) -> Vec<PathBuf> {
+        let parents = self.directories.iter().flat_map(|directory| {
+            let mut missing: Vec<_> =
+                directory.ancestors().skip(1).take_while(|path| !path.exists()).collect();
+            missing.reverse();
+            missing
+        });
+        parents.map(Path::to_owned).collect()
+    }
+
     /// Makes the directories; existing ones are fine.
     ///
     /// # Errors
     /// When one cannot be made.
     pub fn create(&self) -> io::Result<()> {
-        self.directories.iter().try_for_each(std::fs::create_dir_all)
+        self.directories.iter().try_for_each(|directory| {
+            let mut last = Ok(());
+            for _ in 0..RACES {
+                last = std::fs::create_dir_all(directory);
+                if !matches!(&last, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+                    break;
+                }
+            }
+            last
+        })
     }
 
     /// The files through which processes enter.

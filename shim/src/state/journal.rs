@@ -22,6 +22,8 @@ pub enum Entry {
     Mount(PathBuf),
     /// A cgroup directory. Undone by killing what is in it and removing it.
     Cgroup(PathBuf),
+    /// A cgroup directory that others may have come to use. Undone by removing it if it is empty.
+    CgroupParent(PathBuf),
     /// A socket or other file. Undone by unlinking it.
     File(PathBuf),
 }

@@ -28,6 +28,11 @@ pub fn undo(pod: &PodDir) -> Result<(), StateError> {
             Entry::Process(process) => (pod.path(), kill(process)),
             Entry::Mount(path) => (path.as_path(), unmount(path)),
             Entry::Cgroup(path) => (path.as_path(), remove_cgroup(path)),
+            Entry::CgroupParent(path) => {
+                // In use by others, or gone with them.
+                let _ = std::fs::remove_dir(path);
+                continue;
+            }
             Entry::File(path) => (path.as_path(), remove_file(path)),
         };
         if let Err(source) = result {
@@ -139,6 +144,22 @@ mod tests {
         assert!(!file.exists());
         assert!(!pod.path().parent().unwrap().exists());
         undo(&pod).unwrap();
+    }
+
+    #[test]
+    fn a_parent_goes_only_when_it_is_empty() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        let journal = Journal::create(pod.journal()).unwrap();
+        let (empty, used) = (root.path().join("empty"), root.path().join("used"));
+        for parent in [&empty, &used] {
+            std::fs::create_dir(parent).unwrap();
+            journal.intend(&Entry::CgroupParent(parent.clone())).unwrap();
+        }
+        std::fs::create_dir(used.join("another")).unwrap();
+        undo(&pod).unwrap();
+        assert!(!empty.exists() && used.join("another").exists());
     }
 
     #[test]

@@ -155,6 +155,9 @@ impl Launcher<'_> {
 
     fn make_cgroup(&self, journal: &Journal) -> Result<Vec<File>, LaunchError> {
         let Some(cgroup) = &self.cgroup else { return Ok(Vec::new()) };
+        for parent in cgroup.missing_parents() {
+            journal.intend(&Entry::CgroupParent(parent))?;
+        }
         for directory in cgroup.directories() {
             journal.intend(&Entry::Cgroup(directory.clone()))?;
         }
