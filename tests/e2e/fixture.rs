@@ -10,10 +10,10 @@ use vmshim_tests::census::{self, Census};
 use vmshim_tests::containerd::{Containerd, tail};
 
 /// The image most tests use.
-pub const BUSYBOX: &str = "vmshim.local/busybox:latest";
+pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
 
 /// The image of a whole distribution.
-pub const DEBIAN: &str = "vmshim.local/debian:latest";
+pub const DEBIAN: &str = "docker.io/library/debian:latest";
 
 /// How long the host may take to be as it was, once `ctr` has returned.
 const SETTLE: Duration = Duration::from_secs(15);

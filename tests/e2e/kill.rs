@@ -1,12 +1,14 @@
 //! Signals, and what is left when one of our own processes is killed.
 
 use std::fs;
+use std::io::Read;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::fixture::host;
+use crate::fixture::{BUSYBOX, host};
 
 /// The processes of a container's pod whose command line has a word in it.
 fn processes(word: &str) -> Vec<Pid> {
@@ -32,12 +34,16 @@ fn wait_for(what: &str, deadline: Duration, mut met: impl FnMut() -> bool) {
 #[test]
 fn signals_reach_the_init() {
     let host = host();
-    {
-        let container = host.background(&[]);
-        host.ctr_ok(["task", "kill", "--signal", "SIGKILL", &container.id]).unwrap();
-        wait_for("the stop", Duration::from_secs(10), || container.status() == "STOPPED");
-        let output = host.ctr(["task", "rm", &container.id]).output().unwrap();
-        assert_eq!(output.status.code(), Some(137));
+    for (signal, code) in [("SIGKILL", 137), ("SIGTERM", 7)] {
+        let id = host.id();
+        let line = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+        let runtime = vmshim_tests::containerd::VMSHIM;
+        let mut command = host.ctr(["run", "--rm", "--runtime", runtime, BUSYBOX, &id, "sh", "-c", line]);
+        let mut ctr = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 6];
+        ctr.stdout.take().unwrap().read_exact(&mut ready).unwrap();
+        host.ctr_ok(["task", "kill", "--signal", signal, &id]).unwrap();
+        assert_eq!(ctr.wait().unwrap().code(), Some(code));
     }
     host.assert_nothing_left();
 }
