@@ -41,7 +41,9 @@ const LINKS: &[(&str, &str)] = &[
 /// What containers expect of a host, where the kernel's own default is another. The agent's records in the kernel's
 /// log must not be thinned out, since they go to the host from there.
 const SYSCTLS: &[(&str, &str)] = &[
-    ("kernel/printk_devkmsg", "on"),
+    // The kernel wants the end of the line for a word.
+    ("kernel/printk_devkmsg", "on\n"),
+    ("kernel/dmesg_restrict", "1"),
     ("kernel/pid_max", "4194304"),
     ("net/ipv4/ip_unprivileged_port_start", "0"),
     ("net/ipv4/ping_group_range", "0 2147483647"),

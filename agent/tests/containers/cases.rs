@@ -233,7 +233,7 @@ async fn an_exit_does_not_wait_for_output(mut shim: Shim) {
 }
 
 async fn large_streams_are_whole(mut shim: Shim) {
-    const SIZE: usize = 256 << 20;
+    const SIZE: usize = 64 << 20;
     const CHUNK: usize = 1 << 16;
     let mut streams = shim.create("c", &spec(&["cat"]), false).await.unwrap();
     shim.start("c", "").await.unwrap();
@@ -623,7 +623,7 @@ async fn memory_is_limited(mut shim: Shim) {
     if !shim.has_controllers() {
         return println!("  skipped: no memory controller");
     }
-    let mut limited = spec(&["/bin/sh", "-c", "head -c 200M /dev/zero | tail"]);
+    let mut limited = spec(&["dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=60"]);
     limited["linux"]["resources"]["memory"] = json!({"limit": 32 << 20, "swap": 32 << 20});
     let _streams = shim.create("c", &limited, false).await.unwrap();
     shim.start("c", "").await.unwrap();

@@ -1,6 +1,15 @@
 //! The whole agent but its boot, with the test in the place of the shim: requests over ttrpc, standard streams over
 //! sockets, containers made for real from busybox. Needs root; works in a mount namespace of its own.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::type_complexity,
+    reason = "this is a test as a whole: what is not as expected ends the case"
+)]
+
 mod cases;
 mod shim;
 
