@@ -18,6 +18,7 @@ mod state;
 mod stdio;
 mod storage;
 mod task;
+mod timeline;
 mod vm;
 
 use std::io::Write;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
+    timeline::pass(timeline::Mark::ShimStarted);
     let invocation = Invocation::parse(std::env::args().skip(1))?;
     match invocation.action {
         Action::Start => {

@@ -19,6 +19,7 @@ use crate::ids::Name;
 use crate::oci::{Spec, for_guest};
 use crate::stdio::{Opened, Streams};
 use crate::storage::{Disk, MountRequest, Rootfs, Staging};
+use crate::timeline::{self, Mark};
 use crate::vm::{Closed, Port, Vm};
 use vmshim_protocol::control::FdRole;
 
@@ -27,6 +28,7 @@ use vmshim_protocol::control::FdRole;
 /// # Errors
 /// What is wrong with the request, or what went wrong.
 pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instant) -> Result<u32, TaskError> {
+    timeline::pass(Mark::CreateCalled);
     let id = Name::new(&request.id)?;
     if !request.checkpoint.is_empty() {
         return Err(TaskError::Unsupported("restoring a checkpoint"));
@@ -54,6 +56,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
         .advance(Phase::Creating, Phase::Created)
         .map_err(|_| TaskError::Internal("create a process"))?;
     pod.events.publish(&task_create(pod, &request));
+    timeline::pass(Mark::Created);
     exits::apply_early_exit(pod, &container, &container.init);
     Ok(pod.task_pid())
 }

@@ -13,6 +13,7 @@ use super::container::Container;
 use super::create::forget;
 use super::pod::Pod;
 use super::process::{Exit, Phase, Process};
+use crate::timeline::{self, Mark};
 
 /// How long output may take to reach its reader.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -84,6 +85,8 @@ async fn delete_init(
         }
     };
     pod.remove(&container.id);
+    timeline::pass(Mark::Deleted);
+    timeline::log();
     pod.events.publish(&TaskDelete {
         container_id: container.id.to_string(),
         pid: pod.task_pid(),

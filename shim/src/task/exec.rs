@@ -16,6 +16,7 @@ use super::exits;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use crate::stdio::Streams;
+use crate::timeline::{self, Mark};
 use crate::vm::Vm;
 
 /// Bytes of the longest exec id.
@@ -87,6 +88,7 @@ pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -
     process.advance(Phase::Starting, Phase::Running).map_err(|_| TaskError::Internal("start a process"))?;
     let pid = pod.task_pid();
     if exec_id.is_empty() {
+        timeline::pass(Mark::TaskStarted);
         pod.events.publish(&TaskStart { container_id: id.to_owned(), pid, ..TaskStart::default() });
     } else {
         pod.events.publish(&TaskExecStarted {

@@ -15,6 +15,7 @@ use super::container::Container;
 use super::pod::Pod;
 use super::process::{Ending, Exit, Process};
 use crate::agent_client::AgentError;
+use crate::timeline::{self, Mark};
 use crate::vm::Vm;
 
 /// How long the exits of execs may lag behind that of their init before they are taken for granted.
@@ -128,6 +129,7 @@ fn end_execs(pod: &Pod, container: &Container) {
 
 fn init_ended(pod: &Arc<Pod>, container: &Arc<Container>, exit: Exit) {
     if end(pod, container, &container.init, exit) {
+        timeline::pass(Mark::Exited);
         let (pod, container) = (pod.clone(), container.clone());
         tokio::spawn(async move { wind_down(&pod, &container).await });
     }
@@ -169,6 +171,11 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
     if pod.containers().iter().all(|container| container.is_stopped())
         && let Some(vm) = pod.living_vm().cloned()
     {
+        if log::log_enabled!(log::Level::Debug)
+            && let Some(statistics) = vm.statistics(Instant::now() + REMOVE_LIMIT).await
+        {
+            timeline::take_over(&statistics);
+        }
         vm.stop().await;
     }
 }

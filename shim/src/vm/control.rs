@@ -67,7 +67,7 @@ impl Control {
         Ok(Self { socket, pending: Mutex::default() })
     }
 
-    /// Asks for something and waits for the answer.
+    /// Asks for something to be done and waits until it is.
     ///
     /// # Errors
     /// See [`ControlError`].
@@ -77,6 +77,19 @@ impl Control {
         fds: &[(FdRole, BorrowedFd<'_>)],
         deadline: Instant,
     ) -> Result<(), ControlError> {
+        self.ask(command, fds, deadline).await.map(drop)
+    }
+
+    /// Asks for something and waits for the answer.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn ask(
+        &self,
+        command: Command,
+        fds: &[(FdRole, BorrowedFd<'_>)],
+        deadline: Instant,
+    ) -> Result<Response, ControlError> {
         let (id, reply) = self.register()?;
         let outcome = timeout_at(deadline, async {
             self.send(id, command, fds).await?;
@@ -84,7 +97,7 @@ impl Control {
         })
         .await;
         self.pending().waiting.remove(&id);
-        outcome.map_err(|_| ControlError::TimedOut)?.map(drop)
+        outcome.map_err(|_| ControlError::TimedOut)?
     }
 
     async fn send(

@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::logging::{LineBuffer, parse_guest_line};
 use crate::reaper::Reaper;
 use crate::state::{Entry, Journal, ProcessId, StateError};
+use crate::timeline::{self, Mark};
 
 /// Added to the guest's boot deadline for the VMM's own work.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -102,6 +103,7 @@ impl Launcher<'_> {
         let entrances = self.make_cgroup(journal)?;
         let started = process::start(&vm.path, entrances)
             .map_err(|source| LaunchError::Vmm { path: vm.path.clone(), source })?;
+        timeline::pass(Mark::VmmStarted);
         let reaped = reaper.watch(started.pid);
         journal.intend(&Entry::Process(ProcessId::of(started.pid)?))?;
         if let Some(score) = self.oom_score {

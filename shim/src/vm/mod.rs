@@ -20,7 +20,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout_at};
-use vmshim_protocol::control::{Command, FdRole};
+use vmshim_protocol::control::{Command, FdRole, Response, Statistics};
 
 pub use control::ControlError;
 pub use end::End;
@@ -137,6 +137,14 @@ impl Vm {
                 (Err(ControlError::Gone), Some(end)) => Err(ControlError::Ended(end.sentence())),
                 (result, _) => result,
             },
+        }
+    }
+
+    /// What the VMM counts; nothing where it does not answer.
+    pub async fn statistics(&self, deadline: Instant) -> Option<Statistics> {
+        match self.control.ask(Command::Statistics, &[], deadline).await {
+            Ok(Response::Statistics(statistics)) => Some(statistics),
+            _ => None,
         }
     }
 
