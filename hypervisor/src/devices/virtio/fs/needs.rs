@@ -16,6 +16,8 @@
 //! The thread shares the process's descriptor table (never `unshare(CLONE_FILES)`: `/proc/self/fd` shows the main
 //! thread's). Landlock, where used, must allow everything beneath `/`, or be left off for this thread.
 
+use nix::libc::{self, c_long};
+
 /// A capability (`capabilities(7)`) held in the VMM's user namespace, whose id map is the identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Capability {
@@ -69,50 +71,43 @@ pub const CAPABILITIES: &[Capability] = &[
     Capability::Setfcap,
 ];
 
-/// The system calls of the thread once it serves, beside those of any event loop and the allocator. `openat` is the
-/// way to the files and cannot be left out; what it can reach is bounded by the mount namespace.
-pub const SYSTEM_CALLS: &[&str] = &[
-    "capset",
-    "close",
-    "copy_file_range",
-    "fallocate",
-    "fchmodat",
-    "chmod",
-    "fchownat",
-    "fcntl",
-    "fdatasync",
-    "fstatfs",
-    "fsync",
-    "ftruncate",
-    "getdents64",
-    "getxattr",
-    "linkat",
-    "listxattr",
-    "lseek",
-    "mkdirat",
-    "mknodat",
-    "open",
-    "openat",
-    "preadv",
-    "pwritev2",
-    "readlinkat",
-    "removexattr",
-    "renameat2",
-    "setfsgid",
-    "setfsuid",
-    "setxattr",
-    "statx",
-    "symlinkat",
-    "syncfs",
-    "truncate",
-    "umask",
-    "unlinkat",
-    "utimensat",
+/// The system calls of the thread once it serves, beside those of any event loop and the allocator. `openat` is the way
+/// to the files and cannot be left out; what it can reach is bounded by the mount namespace.
+pub const SYSTEM_CALLS: &[c_long] = &[
+    libc::SYS_capset,
+    libc::SYS_chmod,
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_fchownat,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_getxattr,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_lseek,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_openat,
+    libc::SYS_preadv,
+    libc::SYS_pwritev2,
+    libc::SYS_readlinkat,
+    libc::SYS_removexattr,
+    libc::SYS_renameat2,
+    libc::SYS_setfsgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setxattr,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_syncfs,
+    libc::SYS_truncate,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
 ];
-
-/// The system calls of [`super::VirtioFs::enter_thread`], before the filter.
-pub const ENTRY_SYSTEM_CALLS: &[&str] =
-    &["capget", "capset", "fchdir", "prctl", "setfsgid", "setfsuid", "umask", "unshare"];
 
 /// Descriptors per inode that the guest's kernel remembers and per file that it has open. The device refuses lookups
 /// with `ENFILE` some way before the process's limit, so the limit should be high: the hard limit of the host's root.

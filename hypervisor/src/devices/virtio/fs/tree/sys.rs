@@ -5,8 +5,10 @@
 //! inode and follows no name of the guest's. The `fs` thread has that directory as its working directory
 //! ([`super::worker`]), since neither `/proc` nor any other path exists in the jail.
 //!
-//! `statx` and `copy_file_range` are called by number: the standard library refers to glibc's functions of these names
-//! weakly, and in a static binary with link-time optimisation a weak reference that is the only one resolves to null.
+//! Some calls are made by number. The standard library refers to glibc's `statx` and `copy_file_range` weakly, and in a
+//! static binary with link-time optimisation a weak reference that is the only one resolves to null. And glibc's
+//! `renameat2` makes another call where there are no flags, while the thread may make only those that
+//! [`crate::devices::virtio::fs::needs`] lists.
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -192,8 +194,12 @@ pub fn unlink(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> Result<(), Errno>
 /// Moves a name.
 pub fn rename(from: (BorrowedFd<'_>, &CStr), to: (BorrowedFd<'_>, &CStr), flags: u32) -> Result<(), Errno> {
     let (from_dir, to_dir) = (from.0.as_raw_fd(), to.0.as_raw_fd());
+    let (from_name, to_name) = (from.1.as_ptr(), to.1.as_ptr());
     // SAFETY: both names are terminated.
-    check(unsafe { libc::renameat2(from_dir, from.1.as_ptr(), to_dir, to.1.as_ptr(), flags) }).map(drop)
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_renameat2, from_dir, from_name, to_dir, to_name, flags)
+    })
+    .map(drop)
 }
 
 /// The target of the symbolic link that `fd` holds.
