@@ -77,6 +77,11 @@ impl Clients {
         self.waiting = true;
     }
 
+    /// Whether there may be somebody to let in.
+    pub fn has_waiting(&self) -> bool {
+        self.waiting
+    }
+
     /// Lets in who waits, at most `room` of them.
     pub fn accept(&mut self, room: usize, registrar: &Registrar, now: Instant) {
         let room = room.saturating_sub(self.clients.len()).min(self.clients.room());

@@ -108,7 +108,7 @@ impl Vsock {
         let Some(active) = &mut self.active else { return };
         let mut host =
             DeviceHost { streams: &self.streams, registrar: &active.registrar, interrupt: &active.interrupt };
-        if let Some(clients) = &mut self.clients {
+        if let Some(clients) = self.clients.as_mut().filter(|clients| clients.has_waiting()) {
             clients.accept(self.mux.room(), &active.registrar, Instant::now());
         }
         let rings =

@@ -155,23 +155,25 @@ impl<'a> Outbound<'a> {
         while self.buffers.len() < count && (left > 0 || limit == 0) && self.payloads.len() < MAX_SLICES {
             let Some(chain) = self.queue.iter(self.memory)?.next() else { break };
             let head = chain.head_index();
+            let (headers, payloads) = (self.headers.len(), self.payloads.len());
             match self.add(chain, left) {
                 Some(room) if room > 0 || limit == 0 => {
                     left -= room;
                     self.buffers.push(EmptyBuffer { head, headers: self.headers.len(), room });
-                }
-                // Its turn to be returned comes when it is the next one.
-                _ if !self.buffers.is_empty() => {
-                    self.queue.go_to_previous_position();
-                    break;
+                    continue;
                 }
                 _ => {
-                    self.headers.clear();
-                    self.payloads.clear();
-                    self.malformed += 1;
-                    self.finish(head, 0)?;
+                    self.headers.truncate(headers);
+                    self.payloads.truncate(payloads);
                 }
             }
+            // Malformed. Its turn to be returned comes when it is the next one.
+            if !self.buffers.is_empty() {
+                self.queue.go_to_previous_position();
+                break;
+            }
+            self.malformed += 1;
+            self.finish(head, 0)?;
         }
         Ok(())
     }
