@@ -8,6 +8,7 @@ pub mod jail;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod process;
 pub mod vcpu;
 
 mod bits;

@@ -4,7 +4,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use vmshim_hypervisor::{clock, control, jail};
+use vmshim_hypervisor::{clock, control, jail, process};
 use vmshim_protocol::control::ControlSocket;
 
 const HELP: &str = "\
@@ -70,5 +70,6 @@ fn serve(fd: RawFd, started_ns: u64) -> anyhow::Result<std::convert::Infallible>
     // SAFETY: it is open, and nothing else in this process knows it.
     let socket = ControlSocket::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
     jail::close_strangers(&socket)?;
+    process::keep_small();
     control::serve(socket, started_ns).context("cannot serve the control socket")
 }

@@ -61,6 +61,9 @@ impl Default for Guest {
 
 /// `examples/guest.rs`, which cargo builds along with the tests.
 fn guest_program() -> PathBuf {
+    if let Some(program) = std::env::var_os("VMSHIM_TEST_GUEST") {
+        return program.into();
+    }
     let test = std::env::current_exe().unwrap();
     test.parent().and_then(Path::parent).unwrap().join("examples/guest")
 }
@@ -87,7 +90,9 @@ impl Vmm {
         let (socket, theirs) = ControlSocket::pair().unwrap();
         let theirs = OwnedFd::from(theirs);
         let fd = theirs.as_raw_fd();
-        let mut program = Program::new(env!("CARGO_BIN_EXE_vmshim-vmm"));
+        // Another build of it can be measured.
+        let vmm = std::env::var_os("VMSHIM_TEST_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vmshim-vmm").into());
+        let mut program = Program::new(vmm);
         program.arg("--control-fd").arg(fd.to_string()).stdin(Stdio::null());
         // SAFETY: fcntl is async-signal-safe.
         unsafe {
