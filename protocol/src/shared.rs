@@ -4,18 +4,18 @@
 //! layout alone:
 //!
 //! ```text
-//! /
-//! ├── rootfs/<container>   a root file system that only this pod changes
-//! └── <anything else>/…    live: what the host changes is seen in the guest at once
+//! /<container>/rootfs     a root file system that only this pod changes
+//! /<anything else>/…      live: what the host changes is seen in the guest at once
 //! ```
 //!
 //! The agent mounts the device once (`mount -t virtiofs -o nodev shared <dir>`; the device nodes of an image are not
-//! the guest's) and bind-mounts what a container sees. The shim mounts below the shared directory at any time, before
-//! and after boot. When a container is gone it unmounts its directories with `MNT_DETACH`; the VMM then lets go of
-//! what it held there, whatever the guest still remembers.
+//! the guest's) and bind-mounts what a container sees. The shim gives the VMM a directory that is a mount point with
+//! shared propagation, and mounts below it at any time, before and after boot. When a container is gone it unmounts
+//! what was the container's with `MNT_DETACH`; the VMM then lets go of what it held there, whatever the guest still
+//! remembers.
 
 /// The virtio-fs device's tag.
 pub const TAG: &str = "shared";
 
-/// The directory of root file systems, directly below the shared directory.
+/// The name of a container's root file system in the container's directory.
 pub const ROOTFS_DIRECTORY: &str = "rootfs";

@@ -172,7 +172,7 @@ impl Session {
         let request_line = Request { header, node: NodeId(header.nodeid), caller };
         if header.opcode == opcode::WRITE {
             self.features()?;
-            return self.write(worker, &request_line, request);
+            return self.write(&request_line, request);
         }
         if request.len() > MAX_BODY {
             return Err(Errno::E2BIG);
@@ -214,7 +214,7 @@ impl Session {
             opcode::READ => self.read(request, body, room),
             opcode::GETATTR => self.getattr(request, body),
             opcode::SETATTR => self.setattr(worker, request, body),
-            opcode::OPEN => self.open(worker, request, body),
+            opcode::OPEN => self.open(request, body),
             opcode::CREATE => self.create(worker, request, body),
             opcode::TMPFILE => self.tmpfile(worker, request, body),
             opcode::OPENDIR => self.opendir(request),
@@ -379,10 +379,9 @@ impl Session {
         self.say(&figures)
     }
 
-    fn open(&mut self, worker: &Worker, request: &Request, mut body: Body<'_>) -> Result<Answer, Errno> {
-        let wire::OpenIn { flags, open_flags } = body.message()?;
-        let privileged = open_flags & wire::OPEN_KILL_SUIDGID == 0;
-        let opened = self.tree.open(worker, request.node, flags, privileged)?;
+    fn open(&mut self, request: &Request, mut body: Body<'_>) -> Result<Answer, Errno> {
+        let wire::OpenIn { flags, .. } = body.message()?;
+        let opened = self.tree.open(request.node, flags)?;
         self.say(&open_out(opened))
     }
 
@@ -397,11 +396,9 @@ impl Session {
         request: &Request,
         mut body: Body<'_>,
     ) -> Result<Answer, Errno> {
-        let wire::CreateIn { flags, mode, umask, open_flags } = body.message()?;
-        let privileged = open_flags & wire::OPEN_KILL_SUIDGID == 0;
+        let wire::CreateIn { flags, mode, umask, .. } = body.message()?;
         let how = (flags, mode, umask);
-        let (entry, opened) =
-            self.tree.create(worker, request.caller, request.node, body.name()?, how, privileged)?;
+        let (entry, opened) = self.tree.create(worker, request.caller, request.node, body.name()?, how)?;
         self.say_entry(&entry)?;
         self.say(&open_out(opened))
     }
@@ -433,7 +430,7 @@ impl Session {
         Ok(Answer::Data(count))
     }
 
-    fn write(&mut self, worker: &Worker, request: &Request, body: &mut Buffers<'_>) -> Result<Answer, Errno> {
+    fn write(&mut self, request: &Request, body: &mut Buffers<'_>) -> Result<Answer, Errno> {
         let mut message = wire::IoIn::default();
         if !body.read(message.as_mut_slice()) {
             return Err(Errno::EINVAL);
@@ -448,9 +445,8 @@ impl Session {
             handle: HandleId(message.fh),
             offset: message.offset,
             append: !from_cache && message.flags & libc::O_APPEND.unsigned_abs() != 0,
-            privileged: message.io_flags & wire::WRITE_KILL_SUIDGID == 0,
         };
-        let count = self.tree.write(worker, write, &body.take(size))?;
+        let count = self.tree.write(write, &body.take(size))?;
         let size = u32::try_from(count).map_err(|_| Errno::EIO)?;
         self.say(&wire::WriteOut { size, padding: 0 })?;
         Ok(Answer::Taken(count))
@@ -599,6 +595,5 @@ fn new_attributes(message: &wire::SetattrIn) -> NewAttributes {
         size: has(setattr::SIZE).then_some(message.size),
         atime: time(setattr::ATIME, setattr::ATIME_NOW, message.atime, message.atimensec),
         mtime: time(setattr::MTIME, setattr::MTIME_NOW, message.mtime, message.mtimensec),
-        privileged: !has(setattr::KILL_SUIDGID),
     }
 }

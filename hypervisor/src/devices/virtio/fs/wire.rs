@@ -231,7 +231,6 @@ pub mod setattr {
     pub const FH: u32 = 1 << 6;
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
-    pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// [`GetattrIn::getattr_flags`]: the handle counts.
@@ -240,17 +239,11 @@ pub const GETATTR_FH: u32 = 1 << 0;
 /// [`IoIn::io_flags`] of a write that comes from the guest's page cache, at a time and through a handle of its choice.
 pub const WRITE_CACHE: u32 = 1 << 0;
 
-/// [`IoIn::io_flags`] of a write by a process that may not keep set-user-id bits.
-pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
-
 /// [`FsyncIn::fsync_flags`]: data only.
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 
 /// [`SetxattrIn::setxattr_flags`]: an access ACL is set by a process that may not keep the set-group-id bit.
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
-
-/// [`OpenIn::open_flags`]: opened for truncation by a process that may not keep set-user-id bits.
-pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 
 /// What [`OpenOut::open_flags`] tells the guest's kernel to do.
 pub mod fopen {

@@ -61,14 +61,14 @@ fn file_systems_with_equal_inode_numbers_are_kept_apart() {
 #[test]
 fn what_is_mounted_later_is_seen_and_what_is_gone_is_let_go() {
     let Some(mut guest) = guest() else { return };
-    fs::create_dir_all(guest.path("rootfs/c1")).unwrap();
-    let parent = guest.walk("rootfs").unwrap();
-    let before = guest.lookup(parent, "c1").unwrap();
-    tmpfs(&guest.path("rootfs/c1"));
-    fs::write(guest.path("rootfs/c1/file"), "text").unwrap();
-    let root = guest.lookup(parent, "c1").unwrap();
+    fs::create_dir_all(guest.path("c1/rootfs")).unwrap();
+    let parent = guest.walk("c1").unwrap();
+    let before = guest.lookup(parent, "rootfs").unwrap();
+    tmpfs(&guest.path("c1/rootfs"));
+    fs::write(guest.path("c1/rootfs/file"), "text").unwrap();
+    let root = guest.lookup(parent, "rootfs").unwrap();
     assert_ne!(root.nodeid, before.nodeid);
-    let node = guest.walk("rootfs/c1/file").unwrap();
+    let node = guest.walk("c1/rootfs/file").unwrap();
     let open = guest.open(node, libc::O_RDWR).unwrap();
     // The kernel tells of each change of the mount table, once.
     assert!(guest.turn() > 0);
@@ -76,16 +76,28 @@ fn what_is_mounted_later_is_seen_and_what_is_gone_is_let_go() {
     assert_eq!(guest.read(node, open.fh, 0, 10).unwrap(), b"text");
 
     // The guest remembers inodes of it, so it is busy, but it can be detached.
-    let path = guest.path("rootfs/c1");
+    let path = guest.path("c1/rootfs");
     assert_eq!(umount2(&path, MntFlags::empty()), Err(nix::errno::Errno::EBUSY));
     umount2(&path, MntFlags::MNT_DETACH).unwrap();
     assert!(guest.turn() > 0);
     assert_eq!(guest.read(node, open.fh, 0, 10), Err(libc::EBADF));
     assert_eq!(guest.getattr(node), Err(libc::ESTALE));
-    assert_eq!(guest.lookup(parent, "c1").unwrap().nodeid, before.nodeid);
-    assert_eq!(guest.lookup(parent, "c1").unwrap().attr.ino, before.attr.ino);
-    // Root, rootfs, c1.
+    assert_eq!(guest.lookup(parent, "rootfs").unwrap().nodeid, before.nodeid);
+    assert_eq!(guest.lookup(parent, "rootfs").unwrap().attr.ino, before.attr.ino);
+    // Root, c1, rootfs.
     assert_eq!(guest.device.session.tree().descriptors(), 3);
+}
+
+#[test]
+fn what_is_mounted_inside_of_a_root_file_system_is_live() {
+    let Some(mut guest) = guest() else { return };
+    tmpfs(&guest.path("c1/rootfs"));
+    tmpfs(&guest.path("c1/rootfs/volume"));
+    fs::create_dir(guest.path("c1/rootfs/etc")).unwrap();
+    fs::create_dir(guest.path("c1/rootfs/volume/d")).unwrap();
+    let [etc, inside] = ["c1/rootfs/etc", "c1/rootfs/volume/d"].map(|path| guest.walk(path).unwrap());
+    assert!(guest.getattr(etc).unwrap().attr_valid > 3600);
+    assert_eq!(guest.getattr(inside).unwrap().attr_valid, 0);
 }
 
 #[test]

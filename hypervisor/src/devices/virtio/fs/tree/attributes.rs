@@ -10,6 +10,7 @@ use super::Tree;
 use super::handles::HandleId;
 use super::inodes::NodeId;
 use super::names::{PERMISSIONS, has_set_id};
+use super::place::Place;
 use super::sys::{self, Stat};
 use super::worker::Worker;
 use crate::devices::virtio::fs::wire;
@@ -40,8 +41,6 @@ pub struct NewAttributes {
     pub atime: NewTime,
     /// Last modification.
     pub mtime: NewTime,
-    /// A change of size leaves set-user-id bits.
-    pub privileged: bool,
 }
 
 impl Tree {
@@ -53,12 +52,12 @@ impl Tree {
     ) -> Result<(wire::Attr, Duration), Errno> {
         let fd = self.open_fd(node, handle)?;
         let inode = self.inodes.get(node);
-        let lasts = inode.map_or(Duration::ZERO, |inode| inode.place.attributes_last());
+        let place = inode.map_or(Place::Live, |inode| inode.place);
         let stat = match fd {
             Some(fd) => sys::stat(fd)?,
             None => sys::stat(inode?.fd())?,
         };
-        Ok((self.attr(&stat), lasts))
+        Ok((self.attr(&stat), place.attributes_last(&stat)))
     }
 
     /// Changes attributes, in an order in which none undoes another, and tells the new ones.
@@ -72,7 +71,7 @@ impl Tree {
         self.change(worker, node, handle, new)?;
         let stat = sys::stat(self.inodes.get(node)?.fd())?;
         self.inodes.set_mode(node, &stat);
-        let lasts = self.inodes.get(node)?.place.attributes_last();
+        let lasts = self.inodes.get(node)?.place.attributes_last(&stat);
         Ok((self.attr(&stat), lasts))
     }
 
@@ -94,12 +93,12 @@ impl Tree {
         if let Some(size) = new.size {
             let size = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
             let open = self.open_fd(node, handle)?;
-            worker.keeping_set_id(self.keeps_set_id(node, new.privileged), || match open {
+            match open {
                 // SAFETY: the call touches no memory.
-                Some(fd) => Errno::result(unsafe { libc::ftruncate(fd.as_raw_fd(), size) }).map(drop),
-                None if inode.is_regular() => sys::truncate(inode.fd(), size),
-                None => Err(Errno::EINVAL),
-            })?;
+                Some(fd) => Errno::result(unsafe { libc::ftruncate(fd.as_raw_fd(), size) }).map(drop)?,
+                None if inode.is_regular() => sys::truncate(inode.fd(), size)?,
+                None => return Err(Errno::EINVAL),
+            }
         }
         if new.atime != NewTime::Keep || new.mtime != NewTime::Keep {
             sys::set_times(inode.fd(), &[new.atime.to_kernel(), new.mtime.to_kernel()])?;

@@ -4,6 +4,9 @@
 //! mappings through any handle that is open for writing, and the host would append that. Each write says itself
 //! whether it appends. Nor does it have `O_DIRECT`: a guest that asks for it bypasses its own cache, and the host's
 //! stays coherent with everybody else.
+//!
+//! Whoever writes, a file's set-user-id and set-group-id bits and capabilities go. Linux would let a privileged writer
+//! keep the bits, but only one of the host's own user namespace.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -37,27 +40,18 @@ pub struct Write {
     pub offset: u64,
     /// At the end of the file, wherever that is.
     pub append: bool,
-    /// The writer may keep set-user-id bits.
-    pub privileged: bool,
 }
 
 impl Tree {
-    /// Opens a regular file. A truncation that is not `privileged` takes set-user-id bits away.
-    pub fn open(
-        &mut self,
-        worker: &Worker,
-        node: NodeId,
-        flags: u32,
-        privileged: bool,
-    ) -> Result<Opened, Errno> {
+    /// Opens a regular file.
+    pub fn open(&mut self, node: NodeId, flags: u32) -> Result<Opened, Errno> {
         self.handles.check_room()?;
         let inode = self.inodes.get(node)?;
-        let fd = open_regular(worker, inode, host_flags(flags)?, privileged)?;
+        let fd = open_regular(inode, host_flags(flags)?)?;
         Ok(Opened { handle: self.handles.insert(fd, node, inode), flags: inode.place.file_flags() })
     }
 
     /// Makes a regular file and opens it, or opens the one that is there.
-    #[allow(clippy::too_many_arguments)]
     pub fn create(
         &mut self,
         worker: &mut Worker,
@@ -65,7 +59,6 @@ impl Tree {
         parent: NodeId,
         name: Name<'_>,
         (flags, mode, umask): (u32, u32, u32),
-        privileged: bool,
     ) -> Result<(Entry, Opened), Errno> {
         self.handles.check_room()?;
         let dir = self.inodes.get(parent)?;
@@ -81,25 +74,18 @@ impl Tree {
             Err(errno) => return Err(errno),
         };
         let entry = self.look_up(parent, name)?;
-        let opened = self.open_made(worker, entry.node, made, host_flags, privileged);
+        let opened = self.open_made(entry.node, made, host_flags);
         if opened.is_err() {
             self.inodes.forget(entry.node, 1);
         }
         Ok((entry, opened?))
     }
 
-    fn open_made(
-        &mut self,
-        worker: &Worker,
-        node: NodeId,
-        made: Option<OwnedFd>,
-        host_flags: i32,
-        privileged: bool,
-    ) -> Result<Opened, Errno> {
+    fn open_made(&mut self, node: NodeId, made: Option<OwnedFd>, host_flags: i32) -> Result<Opened, Errno> {
         let inode = self.inodes.get(node)?;
         let fd = match made {
             Some(fd) => fd,
-            None if inode.is_regular() => open_regular(worker, inode, host_flags, privileged)?,
+            None if inode.is_regular() => open_regular(inode, host_flags)?,
             // The guest believed that there is nothing of this name: let it look again.
             None => return Err(Errno::ESTALE),
         };
@@ -120,13 +106,13 @@ impl Tree {
         let mode = mode & PERMISSIONS;
         let file = worker
             .make(caller, umask, has_set_id(mode), || sys::open_at(dir.fd(), c".", host_flags, mode))?;
-        let place = dir.place.of_child(c"");
+        let place = dir.place.of_child(c"", true);
         let held = sys::reopen(file.as_fd(), libc::O_PATH)?;
         let stat = sys::stat(held.as_fd())?;
         let node = self.inodes.remember(held, &stat, place)?;
         let inode = self.inodes.get(node)?;
         let opened = Opened { handle: self.handles.insert(file, node, inode), flags: place.file_flags() };
-        let (name_lasts, attributes_last) = (std::time::Duration::ZERO, place.attributes_last());
+        let (name_lasts, attributes_last) = (std::time::Duration::ZERO, place.attributes_last(&stat));
         Ok((Entry { node, stat, name_lasts, attributes_last }, opened))
     }
 
@@ -147,13 +133,10 @@ impl Tree {
     }
 
     /// Writes from the guest's buffers.
-    pub fn write(&mut self, worker: &Worker, write: Write, buffers: &Buffers<'_>) -> Result<usize, Errno> {
+    pub fn write(&mut self, write: Write, buffers: &Buffers<'_>) -> Result<usize, Errno> {
         let fd = self.handles.get(write.handle, write.node)?.fd();
         let flags = if write.append { libc::RWF_APPEND } else { 0 };
-        let offset = position(write.offset)?;
-        worker.keeping_set_id(self.keeps_set_id(write.node, write.privileged), || {
-            sys::write_from(fd, buffers, offset, flags)
-        })
+        sys::write_from(fd, buffers, position(write.offset)?, flags)
     }
 
     /// Allocates or frees space.
@@ -224,11 +207,6 @@ impl Tree {
         result
     }
 
-    /// Whether a change of the file leaves its set-id bits.
-    pub(super) fn keeps_set_id(&self, node: NodeId, privileged: bool) -> bool {
-        privileged && self.inodes.get(node).is_ok_and(Inode::has_set_id)
-    }
-
     /// The descriptor of a file that is open, or none where the guest names no handle.
     pub(super) fn open_fd(
         &self,
@@ -239,15 +217,14 @@ impl Tree {
     }
 }
 
-fn open_regular(worker: &Worker, inode: &Inode, flags: i32, privileged: bool) -> Result<OwnedFd, Errno> {
+fn open_regular(inode: &Inode, flags: i32) -> Result<OwnedFd, Errno> {
     if inode.is_directory() {
         return Err(Errno::EISDIR);
     }
     if !inode.is_regular() {
         return Err(Errno::ENXIO);
     }
-    let keep = privileged && flags & libc::O_TRUNC != 0 && inode.has_set_id();
-    worker.keeping_set_id(keep, || sys::reopen(inode.fd(), flags))
+    sys::reopen(inode.fd(), flags)
 }
 
 const O_EXCL: u32 = libc::O_EXCL.unsigned_abs();

@@ -29,21 +29,21 @@ impl Tree {
     /// Looks up a name that ought to be there.
     pub(super) fn look_up(&mut self, parent: NodeId, name: Name<'_>) -> Result<Entry, Errno> {
         let dir = self.inodes.get(parent)?;
-        let place = dir.place.of_child(name.as_c_str());
         let name_lasts = dir.place.names_last();
         if dir.place != Place::Rootfs {
             // Names that the guest asks for again and again are mostly known already: one call instead of three.
             let stat = sys::stat_at(dir.fd(), name.as_c_str())?;
             if let Some((node, place)) = self.inodes.recall(&stat) {
-                return Ok(Entry { node, stat, name_lasts, attributes_last: place.attributes_last() });
+                return Ok(Entry { node, stat, name_lasts, attributes_last: place.attributes_last(&stat) });
             }
         }
         let dir = self.inodes.get(parent)?;
         let fd = sys::open_at(dir.fd(), name.as_c_str(), libc::O_PATH | libc::O_NOFOLLOW, 0)?;
         let stat = sys::stat(fd.as_fd())?;
+        let place = dir.place.of_child(name.as_c_str(), stat.key().mount == dir.key().mount);
         self.mounts.note(dir.key().mount, dir.fd(), name, &stat)?;
         let node = self.inodes.remember(fd, &stat, place)?;
-        Ok(Entry { node, stat, name_lasts, attributes_last: place.attributes_last() })
+        Ok(Entry { node, stat, name_lasts, attributes_last: place.attributes_last(&stat) })
     }
 
     /// Makes a directory.

@@ -1,16 +1,18 @@
 //! How long the guest may remember what it was told, by where in the shared directory it is.
 //!
-//! Below [`ROOTFS_DIRECTORY`] lie root file systems that only this guest changes: it may remember everything, names
-//! that do not exist included. Everywhere else the host and other pods write too, and what they write is to be seen at
-//! once: names and attributes are asked for anew each time, and cached data is dropped when a file is opened or found
-//! changed. What is mounted at a name may change at any time, so the two levels above a root file system are asked
-//! for anew too.
+//! A container's [`ROOTFS_DIRECTORY`] is its root file system, which only this guest changes: it may remember
+//! everything, names that do not exist included. Everywhere else the host and other pods write too, and what they write
+//! is to be seen at once: names and attributes are asked for anew each time, and cached data is dropped when a file is
+//! opened or found changed. What is mounted at a name may change at any time, so the names above a root file system are
+//! asked for anew too, and what is mounted inside of one counts as elsewhere.
 
 use std::ffi::CStr;
 use std::time::Duration;
 
 use vmshim_protocol::shared::ROOTFS_DIRECTORY;
 
+use super::names::has_set_id;
+use super::sys::Stat;
 use crate::devices::virtio::fs::wire::fopen;
 
 /// Where an inode was found.
@@ -18,8 +20,8 @@ use crate::devices::virtio::fs::wire::fopen;
 pub enum Place {
     /// The shared directory itself.
     Root,
-    /// The directory whose entries are the roots of containers.
-    RootfsParent,
+    /// What belongs to one container.
+    Container,
     /// In a container's root file system.
     Rootfs,
     /// Anywhere else.
@@ -30,12 +32,13 @@ pub enum Place {
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Place {
-    /// Where something of this name is that is found in a directory which is here.
-    pub fn of_child(self, name: &CStr) -> Self {
+    /// Where something of this name is that is found in a directory which is here, on the same mount or not.
+    pub fn of_child(self, name: &CStr, same_mount: bool) -> Self {
         match self {
-            Self::Root if name.to_bytes() == ROOTFS_DIRECTORY.as_bytes() => Self::RootfsParent,
-            Self::Root | Self::Live => Self::Live,
-            Self::RootfsParent | Self::Rootfs => Self::Rootfs,
+            Self::Root => Self::Container,
+            Self::Container if name.to_bytes() == ROOTFS_DIRECTORY.as_bytes() => Self::Rootfs,
+            Self::Rootfs if same_mount => Self::Rootfs,
+            Self::Container | Self::Rootfs | Self::Live => Self::Live,
         }
     }
 
@@ -44,9 +47,10 @@ impl Place {
         if self == Self::Rootfs { LONG } else { Duration::ZERO }
     }
 
-    /// How long the attributes of an inode which is here are good.
-    pub fn attributes_last(self) -> Duration {
-        if self == Self::Rootfs { LONG } else { Duration::ZERO }
+    /// How long the attributes of an inode which is here are good. The host takes set-id bits away when a file is
+    /// written, which the guest's kernel only learns when it asks, as it must before it runs a program.
+    pub fn attributes_last(self, stat: &Stat) -> Duration {
+        if self == Self::Rootfs && !has_set_id(stat.mode()) { LONG } else { Duration::ZERO }
     }
 
     /// What the guest does with the data of a file which is here.
@@ -67,19 +71,20 @@ mod tests {
     use super::*;
 
     fn walk(path: &[&CStr]) -> Place {
-        path.iter().fold(Place::Root, |place, name| place.of_child(name))
+        path.iter().fold(Place::Root, |place, name| place.of_child(name, true))
     }
 
     #[test]
     fn only_what_lies_in_a_root_file_system_is_remembered() {
-        assert_eq!(walk(&[c"rootfs"]), Place::RootfsParent);
-        assert_eq!(walk(&[c"rootfs", c"a"]), Place::Rootfs);
-        assert_eq!(walk(&[c"rootfs", c"a", c"rootfs"]), Place::Rootfs);
-        assert_eq!(walk(&[c"volumes", c"rootfs", c"a"]), Place::Live);
-        assert_eq!(walk(&[c"rootfs"]).names_last(), Duration::ZERO);
-        assert_eq!(walk(&[c"rootfs", c"a"]).names_last(), LONG);
-        assert_eq!(walk(&[c"rootfs", c"a"]).attributes_last(), LONG);
-        assert_eq!(walk(&[c"volumes", c"a"]).attributes_last(), Duration::ZERO);
-        assert_eq!(walk(&[c"volumes", c"a"]).file_flags(), 0);
+        assert_eq!(walk(&[c"c1", c"rootfs"]), Place::Rootfs);
+        assert_eq!(walk(&[c"c1", c"rootfs", c"a"]), Place::Rootfs);
+        for elsewhere in [&[c"rootfs"][..], &[c"c1", c"mounts", c"0"], &[c"c1", c"mounts", c"rootfs"]] {
+            assert_ne!(walk(elsewhere), Place::Rootfs, "{elsewhere:?}");
+            assert_eq!(walk(elsewhere).names_last(), Duration::ZERO);
+            assert_eq!(walk(elsewhere).file_flags(), 0);
+        }
+        // What is mounted there is found in a directory that knows nothing of it.
+        assert_eq!(walk(&[c"c1"]).of_child(c"rootfs", false), Place::Rootfs);
+        assert_eq!(walk(&[c"c1", c"rootfs"]).of_child(c"etc", false), Place::Live);
     }
 }

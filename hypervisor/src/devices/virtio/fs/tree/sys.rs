@@ -196,10 +196,8 @@ pub fn rename(from: (BorrowedFd<'_>, &CStr), to: (BorrowedFd<'_>, &CStr), flags:
     let (from_dir, to_dir) = (from.0.as_raw_fd(), to.0.as_raw_fd());
     let (from_name, to_name) = (from.1.as_ptr(), to.1.as_ptr());
     // SAFETY: both names are terminated.
-    Errno::result(unsafe {
-        libc::syscall(libc::SYS_renameat2, from_dir, from_name, to_dir, to_name, flags)
-    })
-    .map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_renameat2, from_dir, from_name, to_dir, to_name, flags) })
+        .map(drop)
 }
 
 /// The target of the symbolic link that `fd` holds.

@@ -32,7 +32,7 @@ pub struct Worker {
 
 impl Worker {
     /// Prepares the calling thread: gives it a working directory and a umask of its own, keeps its capabilities across
-    /// changes of user, and sets aside the one that would let writes keep set-user-id bits.
+    /// changes of user, and sets aside the one that set-id bits need.
     ///
     /// # Errors
     /// When the host refuses the directory.

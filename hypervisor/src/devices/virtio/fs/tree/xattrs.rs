@@ -94,7 +94,7 @@ impl Tree {
         let inode = self.inodes.get(node)?;
         may_change(name)?;
         let flags = i32::try_from(flags).map_err(|_| Errno::EINVAL)?;
-        let keep = kind(name.to_bytes()) == Kind::Acl && self.keeps_set_id(node, privileged);
+        let keep = privileged && kind(name.to_bytes()) == Kind::Acl && inode.has_set_id();
         worker.keeping_set_id(keep, || sys::set_xattr(inode.fd(), name, value, flags))
     }
 
