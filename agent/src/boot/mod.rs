@@ -79,7 +79,7 @@ async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>) -> anyhow::Result<()
     let reaper = Arc::new(Reaper::default());
     let events = Arc::new(Events::default());
     let containers = Arc::new(Containers::new(places(), reaper.clone(), events, Box::new(Host)));
-    let service = Service::new(containers, begin_late_part());
+    let service = Service::new(containers.clone(), begin_late_part());
     let (_server, connections) = server::serve(service).await.context("start the server")?;
 
     tokio::spawn(async move {
@@ -96,6 +96,7 @@ async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>) -> anyhow::Result<()
     // Without the host there is nobody to run containers for.
     let _ = end.await;
     log::info("the host has gone");
+    containers.quiesce().await;
     power::off()
 }
 

@@ -125,7 +125,6 @@ impl Container {
             return cgroup.kill().map_err(doing);
         }
         for pid in cgroup.processes().map_err(doing)? {
-            let signal = nix::libc::c_int::from(signal);
             // SAFETY: plain integers. A process that is gone since is what was wanted.
             let sent = crate::sys::check(unsafe { libc::kill(pid.cast_signed(), signal) }.into());
             match sent {

@@ -109,14 +109,15 @@ impl Containers {
         }
     }
 
-    /// Kills every process of every container, for a power-off.
-    pub fn kill_all(&self) {
+    /// Ends every process and lets go of every disk, for a power-off. What does not let itself be ended is left.
+    pub async fn quiesce(&self) {
         for entry in self.lock().values() {
             if let Entry::Ready(container) = entry {
                 // A cgroup that is gone has no processes.
                 let _ = container.kill();
             }
         }
+        teardown::release(self.places.containers.clone(), self.places.cgroups.clone()).await;
     }
 
     fn directory(&self, id: &str) -> PathBuf {

@@ -13,6 +13,9 @@ use std::time::Duration;
 /// A killed process is gone at once unless the kernel holds it in an I/O that does not end.
 const DEATH_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long a power-off waits for killed processes.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// Kills what is left, removes the cgroup, unmounts and removes the directory; on a thread that may block.
 pub async fn remove(directory: PathBuf, cgroup: PathBuf) -> Result<(), Failure> {
     tokio::task::spawn_blocking(move || {
@@ -28,6 +31,18 @@ pub async fn remove(directory: PathBuf, cgroup: PathBuf) -> Result<(), Failure> 
     })
     .await
     .unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "the agent is shutting down")))
+}
+
+/// Unmounts what containers have mounted, once their processes, which have been killed, are gone.
+pub async fn release(directory: PathBuf, cgroups: PathBuf) {
+    let work = move || {
+        // Best effort: the machine ends in any case, and a disk in use is still consistent by its journal.
+        if let Ok(parent) = Cgroup::open(&cgroups) {
+            let _ = events::wait_for(&parent, "cgroup.events", "populated", 0, FAREWELL);
+        }
+        let _ = unmount_below(&directory);
+    };
+    let _ = tokio::task::spawn_blocking(work).await;
 }
 
 fn remove_cgroup(path: &Path) -> Result<(), Failure> {

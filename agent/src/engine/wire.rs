@@ -88,8 +88,6 @@ pub enum Root {
         /// The writable disk with the paths of its upper and work directories; a tmpfs where absent.
         upper: Option<(Disk, PathBuf, PathBuf)>,
     },
-    /// A directory of the guest; only tests and tools use it.
-    Directory(PathBuf),
 }
 
 /// A file system on a virtio-blk slot.

@@ -2,32 +2,14 @@
 
 use crate::log;
 use std::process;
-use std::time::Duration;
 use vmshim_protocol::power::{POWER_OFF, POWER_PORT};
-
-/// So that an answer on its way to the host gets there.
-const FAREWELL: Duration = Duration::from_millis(20);
-
-/// Powers off soon, after the caller has answered.
-pub fn off_in_background() {
-    tokio::spawn(async {
-        let _ = tokio::task::spawn_blocking(sync).await;
-        // The answer lies in a socket's queue; nothing tells when the device has taken it.
-        tokio::time::sleep(FAREWELL).await;
-        off();
-    });
-}
-
-fn sync() {
-    nix::unistd::sync();
-}
 
 /// Writes what disks must have, and stops the machine; as anything but the guest's first process, only this one.
 pub fn off() -> ! {
     if process::id() != 1 {
         process::exit(0);
     }
-    sync();
+    nix::unistd::sync();
     announce();
     // Only if there is nobody at the port, and then the machine resets.
     let _ = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_AUTOBOOT);

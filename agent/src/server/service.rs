@@ -155,8 +155,12 @@ impl Agent for Service {
     }
 
     async fn power_off(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        self.containers.kill_all();
-        power::off_in_background();
+        let containers = self.containers.clone();
+        // After this answer, so that it has a chance to arrive.
+        tokio::spawn(async move {
+            containers.quiesce().await;
+            power::off()
+        });
         Ok(Empty::new())
     }
 }

@@ -39,6 +39,7 @@ cases![
     the_user_is_the_specs,
     capabilities_are_the_specs,
     the_working_directory_is_made,
+    a_working_directory_outside_is_refused,
     names_are_the_containers,
     bind_mounts,
     seccomp_is_enforced,
@@ -51,6 +52,10 @@ cases![
     limits_can_change,
     statistics,
 ];
+
+/// Cases that do nothing where cgroups have no controllers.
+pub const NEED_CONTROLLERS: &[&str] =
+    &["memory_is_limited", "processes_are_limited", "limits_can_change", "statistics"];
 
 fn code(error: &ttrpc::Error) -> (Code, String) {
     match error {
@@ -467,6 +472,16 @@ async fn the_working_directory_is_made(mut shim: Shim) {
     let (_, out, err) = shim.sh(&cwd).await;
     // 0, 1, 2 and the listing's own; plus ".", ".." and the head line.
     assert_eq!(out, "/not/there/yet\n7\n", "{err}");
+}
+
+async fn a_working_directory_outside_is_refused(shim: Shim) {
+    // An image can name a descriptor that the runtime might have left open.
+    for fd in 3..40 {
+        let mut leaking = script("true");
+        leaking["process"]["cwd"] = json!(format!("/proc/self/fd/{fd}"));
+        let (_, message) = refused(shim.create("c", &leaking, false).await.map(drop));
+        assert!(message.contains("process.cwd"), "{message}");
+    }
 }
 
 async fn names_are_the_containers(mut shim: Shim) {

@@ -105,8 +105,15 @@ pub fn set_stdio(fds: [BorrowedFd<'_>; 3]) -> Result<()> {
     Ok(())
 }
 
-/// The kernel answers "(unreachable)…" when the directory is outside of the root.
+/// A working directory that leads out of the root by way of an open descriptor (`/proc/self/fd/…`, which an image may
+/// name) is one that the kernel calls "(unreachable)…". The C library would try to find a better name.
 fn check_directory() -> Result<()> {
-    let inside = std::env::current_dir().is_ok_and(|path| path.is_absolute());
-    if inside { Ok(()) } else { Err(Error::invalid("process.cwd", "is outside of the container's root")) }
+    let mut path = [0u8; libc::PATH_MAX as usize];
+    // SAFETY: the buffer is valid for its length.
+    crate::sys::check(unsafe { libc::syscall(libc::SYS_getcwd, path.as_mut_ptr(), path.len()) })
+        .doing(|| "look at process.cwd")?;
+    if path.starts_with(b"/") {
+        return Ok(());
+    }
+    Err(Error::invalid("process.cwd", "is outside of the container's root"))
 }
