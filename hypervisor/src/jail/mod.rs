@@ -15,6 +15,7 @@
 //! process id but `tgkill`, which reaches processes of the same user: there are none.
 
 mod capabilities;
+mod filter;
 mod identity;
 mod limits;
 mod root;
