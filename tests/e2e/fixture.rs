@@ -34,6 +34,7 @@ pub fn directory(variable: &str) -> PathBuf {
 pub fn host() -> Host {
     static DAEMON: OnceLock<Mutex<Containerd>> = OnceLock::new();
     let daemon = DAEMON.get_or_init(|| {
+        be_patient();
         let scratch = directory("VMSHIM_TEST_DIR").join("containerd");
         let daemon = Containerd::start(&directory("VMSHIM_TEST_CONTAINERD"), &scratch).unwrap();
         daemon.import(&directory("VMSHIM_TEST_IMAGES").join("busybox.tar"), "overlayfs").unwrap();
@@ -42,6 +43,12 @@ pub fn host() -> Host {
     let daemon = daemon.lock().unwrap_or_else(PoisonError::into_inner);
     let (before, log_length) = (Census::take(), daemon.log().len());
     Host { daemon, before, log_length }
+}
+
+/// Lets guests take long to boot, since KVM itself may be emulated here.
+fn be_patient() {
+    std::fs::create_dir_all("/etc/vmshim/config.d").unwrap();
+    std::fs::write("/etc/vmshim/config.d/patience.toml", "[hypervisor]\nboot_timeout_seconds = 180\n").unwrap();
 }
 
 impl Host {

@@ -99,7 +99,8 @@ impl Containerd {
     /// `ctr` of the daemon's own version, to be given its arguments.
     pub fn ctr<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Command {
         let mut command = Command::new(self.programs.join("ctr"));
-        command.arg("--address").arg(self.address()).args(arguments);
+        // Many at once on an emulated CPU take longer than ctr's own patience.
+        command.args(["--connect-timeout", "60s", "--address"]).arg(self.address()).args(arguments);
         command
     }
 
