@@ -58,5 +58,6 @@ pub fn init(path: &Path, level: LevelFilter, namespace: &str, id: &str) {
     if log::set_boxed_logger(Box::new(FifoLogger { sink: Mutex::new(sink), fields })).is_ok() {
         log::set_max_level(level);
     }
+    log::debug!("the shim serves");
     std::panic::set_hook(Box::new(|info| log::error!("the shim has a bug: {info}")));
 }

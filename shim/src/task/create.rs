@@ -46,6 +46,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
     let init = Process::new(String::new(), streams, Phase::Creating);
     let container = Arc::new(Container::new(id, PathBuf::from(&request.bundle), init));
     pod.add(&container)?;
+    log::debug!("container {} is asked for", container.id);
     let built = timeout_at(deadline, build(pod, &vm, &container, &request, deadline)).await;
     if let Err(error) = built.unwrap_or(Err(TaskError::Deadline("creating the container"))) {
         roll_back(pod, &container).await;
@@ -55,6 +56,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
         .init
         .advance(Phase::Creating, Phase::Created)
         .map_err(|_| TaskError::Internal("create a process"))?;
+    log::debug!("container {} is created", container.id);
     pod.events.publish(&task_create(pod, &request));
     timeline::pass(Mark::Created);
     exits::apply_early_exit(pod, &container, &container.init);
@@ -88,6 +90,7 @@ async fn build(
         Ok(Rootfs::Disk(disk)) => pod.slots.take().map(|slot| Some((slot, disk))),
         Err(error) => Err(error),
     };
+    log::debug!("storage and stdio of container {} are ready", container.id);
     let (slot, disk) = match disk {
         Ok(disk) => disk.unzip(),
         Err(error) => {

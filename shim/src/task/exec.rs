@@ -86,6 +86,7 @@ pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -
         return Err(error);
     }
     process.advance(Phase::Starting, Phase::Running).map_err(|_| TaskError::Internal("start a process"))?;
+    log::debug!("process {exec_id:?} of container {id} runs");
     let pid = pod.task_pid();
     if exec_id.is_empty() {
         timeline::pass(Mark::TaskStarted);

@@ -140,6 +140,7 @@ fn end(pod: &Pod, container: &Container, process: &Process, exit: Exit) -> bool 
     let news = process.end(exit) == Ending::Now;
     if news {
         let exec_id = &process.exec_id;
+        log::debug!("process {exec_id:?} of container {} has exited with {}", container.id, exit.status);
         let process_id = if exec_id.is_empty() { container.id.to_string() } else { exec_id.clone() };
         pod.events.publish(&TaskExit {
             container_id: container.id.to_string(),
@@ -159,6 +160,7 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
     for process in container.execs().iter().chain([&container.init]) {
         process.drained().await;
     }
+    log::debug!("the output of container {} has been read", container.id);
     if let Some(vm) = pod.living_vm().cloned() {
         let request = api::ProcessRequest { container_id: container.id.to_string(), ..Default::default() };
         let deadline = Instant::now() + REMOVE_LIMIT;
@@ -167,6 +169,7 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
         }
         remove_storage(pod, container).await;
     }
+    log::debug!("container {} is removed from the guest", container.id);
     container.set_removed();
     if pod.containers().iter().all(|container| container.is_stopped())
         && let Some(vm) = pod.living_vm().cloned()

@@ -216,10 +216,12 @@ impl Pod {
             vm.stop().await;
             super::exits::all_ended(self);
         }
+        log::debug!("the VM is gone");
         self.events.flush(Duration::from_secs(3)).await;
         if let Err(error) = undo(&self.dir) {
             log::error!("something is left for `delete` to undo: {error}");
         }
+        log::debug!("everything is undone");
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<Name, Arc<Container>>> {

@@ -105,6 +105,7 @@ impl Launcher<'_> {
             .map_err(|source| LaunchError::Vmm { path: vm.path.clone(), source })?;
         timeline::pass(Mark::VmmStarted);
         let reaped = reaper.watch(started.pid);
+        log::debug!("the VMM runs as process {}", started.pid);
         journal.intend(&Entry::Process(ProcessId::of(started.pid)?))?;
         if let Some(score) = self.oom_score {
             crate::bootstrap::lower_oom_protection(started.pid, score);
@@ -226,7 +227,10 @@ impl Supervisor {
         tokio::spawn(async move {
             // A VMM that is gone is reported by the other task, which knows why.
             match boot.request(&control).await {
-                Ok(()) => drop(booter.booted.send_replace(true)),
+                Ok(()) => {
+                    log::debug!("the guest boots");
+                    booter.booted.send_replace(true);
+                }
                 Err(ControlError::Gone) => {}
                 Err(error) => booter.ended(End::refused(error.to_string())),
             }
