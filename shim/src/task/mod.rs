@@ -15,6 +15,8 @@ mod pod;
 mod process;
 mod service;
 mod signal;
+#[cfg(test)]
+mod tests;
 
 pub use error::TaskError;
 pub use pod::{BootError, Pod, configure};

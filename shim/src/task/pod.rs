@@ -229,6 +229,25 @@ impl Pod {
     }
 }
 
+#[cfg(test)]
+impl Pod {
+    /// A pod around a VM that a test plays.
+    pub fn around(vm: Arc<Vm>, events: Publisher, dir: PodDir) -> Arc<Self> {
+        let pod = Arc::new(Self {
+            namespace: Name::new("ns").unwrap(),
+            events,
+            slots: Slots::new(1),
+            dir,
+            vm: Ok(vm.clone()),
+            request_timeout: Duration::from_secs(5),
+            containers: Mutex::default(),
+            shutdown: Notify::new(),
+        });
+        super::exits::watch(&pod, &vm);
+        pod
+    }
+}
+
 /// Runtime options and the configuration they lead to.
 ///
 /// # Errors

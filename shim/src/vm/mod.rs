@@ -172,3 +172,28 @@ impl Vm {
 
 /// Completes when a child has been reaped.
 pub type Reaped = oneshot::Receiver<nix::sys::wait::WaitStatus>;
+
+#[cfg(test)]
+impl Vm {
+    /// A VM whose agent is played by the other end of `agent`, whose end by `end`, and whose VMM never answers.
+    pub fn played(
+        agent: std::os::unix::net::UnixStream,
+        end: watch::Receiver<Option<Arc<End>>>,
+    ) -> (Arc<Self>, vmshim_protocol::control::ControlSocket) {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let (ours, theirs) = vmshim_protocol::control::ControlSocket::pair().unwrap();
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let always = |value| watch::channel(value).1;
+        let vm = Self {
+            control: Arc::new(Control::new(ours).unwrap()),
+            streams: Arc::default(),
+            agent: AgentConnection::new(agent).unwrap(),
+            // No process can have it, so nothing can be killed.
+            pid: u32::MAX,
+            booted: always(true),
+            end,
+            gone: always(false),
+        };
+        (Arc::new(vm), theirs)
+    }
+}
