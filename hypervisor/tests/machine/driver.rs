@@ -91,7 +91,8 @@ impl Vmm {
         let theirs = OwnedFd::from(theirs);
         let fd = theirs.as_raw_fd();
         // Another build of it can be measured.
-        let vmm = std::env::var_os("VMSHIM_TEST_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vmshim-vmm").into());
+        let vmm =
+            std::env::var_os("VMSHIM_TEST_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vmshim-vmm").into());
         let mut program = Program::new(vmm);
         program.arg("--control-fd").arg(fd.to_string()).stdin(Stdio::null());
         // SAFETY: fcntl is async-signal-safe.
