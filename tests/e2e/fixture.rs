@@ -48,7 +48,8 @@ pub fn host() -> Host {
 /// Lets guests take long to boot, since KVM itself may be emulated here.
 fn be_patient() {
     std::fs::create_dir_all("/etc/vmshim/config.d").unwrap();
-    std::fs::write("/etc/vmshim/config.d/patience.toml", "[hypervisor]\nboot_timeout_seconds = 180\n").unwrap();
+    std::fs::write("/etc/vmshim/config.d/patience.toml", "[hypervisor]\nboot_timeout_seconds = 180\n")
+        .unwrap();
 }
 
 impl Host {
