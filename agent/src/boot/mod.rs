@@ -69,7 +69,6 @@ pub fn run() -> anyhow::Result<()> {
     mounts::settle();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(8)
         .build()
         .context("start the event loop")?;
     runtime.block_on(serve(agent, log_stream.ok()))
