@@ -240,6 +240,10 @@ fn count(statistics: &mut DeviceStatistics, done: session::Done) -> u32 {
     done.replied
 }
 
+/// What an inode takes in the guest's memory at least. No honest guest remembers more than fit there, so a hostile one
+/// cannot make the host remember more either.
+const GUEST_BYTES_PER_INODE: u64 = 1024;
+
 /// The guest gets nine tenths of the process's descriptors, most of them for inodes. The rest is for the other devices.
 fn limits() -> Result<Limits, SharedDirectoryError> {
     let (soft, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
@@ -290,6 +294,8 @@ impl VirtioDevice for VirtioFs {
             // A change is reported as an error condition.
             registrar.add(table, Interest::NONE, MOUNT_TABLE).map_err(ActivationError::Host)?;
         }
+        let fit = usize::try_from(memory.size() / GUEST_BYTES_PER_INODE).unwrap_or(usize::MAX);
+        self.session.tree().limit_inodes(fit);
         self.active = Some(Active { memory, queues, interrupt, registrar });
         Ok(())
     }

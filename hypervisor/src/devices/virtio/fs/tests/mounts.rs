@@ -101,6 +101,19 @@ fn what_is_mounted_inside_of_a_root_file_system_is_live() {
 }
 
 #[test]
+fn a_mount_point_may_go_before_anybody_looks() {
+    let Some(mut guest) = guest() else { return };
+    tmpfs(&guest.path("c1/rootfs"));
+    fs::write(guest.path("c1/rootfs/file"), "").unwrap();
+    guest.walk("c1/rootfs/file").unwrap();
+    umount2(&guest.path("c1/rootfs"), MntFlags::MNT_DETACH).unwrap();
+    fs::remove_dir_all(guest.path("c1")).unwrap();
+    assert!(guest.turn() > 0);
+    // Root, and the directory that the guest still remembers.
+    assert_eq!(guest.device.session.tree().descriptors(), 2);
+}
+
+#[test]
 fn mounts_below_a_mount_go_with_it() {
     let Some(mut guest) = guest() else { return };
     tmpfs(&guest.path("outer"));

@@ -92,6 +92,11 @@ impl Inodes {
         self.by_key.shrink_to_fit();
     }
 
+    /// Remembers no more than so many.
+    pub fn lower_limit(&mut self, limit: usize) {
+        self.limit = self.limit.min(limit);
+    }
+
     /// The inode of a node id.
     ///
     /// # Errors

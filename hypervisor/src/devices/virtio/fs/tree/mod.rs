@@ -99,6 +99,11 @@ impl Tree {
         self.scratch = Vec::new();
     }
 
+    /// Lowers the number of inodes that are remembered.
+    pub fn limit_inodes(&mut self, limit: usize) {
+        self.inodes.lower_limit(limit);
+    }
+
     /// Takes lookups back.
     pub fn forget(&mut self, node: NodeId, lookups: u64) {
         self.inodes.forget(node, lookups);

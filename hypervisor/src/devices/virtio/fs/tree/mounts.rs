@@ -55,7 +55,8 @@ impl Mounts {
     /// Takes out the mounts that are no longer where they were, and those that were below them.
     pub fn take_gone(&mut self) -> Vec<u64> {
         let is_gone = |mount: u64, point: &MountPoint| {
-            sys::stat_at(point.directory.as_fd(), &point.name).is_ok_and(|stat| stat.key().mount != mount)
+            // A mount point that has been removed since is none.
+            !sys::stat_at(point.directory.as_fd(), &point.name).is_ok_and(|stat| stat.key().mount == mount)
         };
         let mut gone: Vec<u64> = self
             .points
