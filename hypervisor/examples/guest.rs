@@ -103,6 +103,7 @@ fn obey(words: &[&str]) -> Result<String> {
             )?;
             Ok("done".into())
         }
+        ["rebind", driver] => rebind(driver),
         ["cat", path] => Ok(fs::read_to_string(path)?.trim().to_owned()),
         ["echo", text, path] => {
             fs::write(path, text)?;
@@ -136,6 +137,21 @@ fn online() -> Result<String> {
         .filter(|line| line.starts_with("processor"))
         .count()
         .to_string())
+}
+
+/// Resets the devices of a driver and starts them again; says how many.
+fn rebind(driver: &str) -> Result<String> {
+    let driver = PathBuf::from("/sys/bus/virtio/drivers").join(driver);
+    let mut count = 0;
+    for entry in fs::read_dir(&driver)? {
+        let name = entry?.file_name().into_string().map_err(|_| "odd name")?;
+        if name.starts_with("virtio") {
+            fs::write(driver.join("unbind"), &name)?;
+            fs::write(driver.join("bind"), &name)?;
+            count += 1;
+        }
+    }
+    Ok(count.to_string())
 }
 
 /// KiB that the kernel has.

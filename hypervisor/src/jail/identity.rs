@@ -37,7 +37,7 @@ pub fn map_while(unshare: impl FnOnce() -> Result<(), Errno>) -> Result<(), Jail
             }
             drop(begin);
             let helped = waitpid(child, None).tried("wait for its helper")?;
-            unshared.tried("enter namespaces of its own")?;
+            unshared.tried("enter namespaces of its own (each limit in /proc/sys/user must be above 0)")?;
             let mapped = matches!(helped, WaitStatus::Exited(_, 0));
             if mapped { Ok(()) } else { Err(Errno::EPERM).tried("map the ids of its user namespace") }
         }

@@ -129,6 +129,21 @@ fn slots_take_disks_and_give_them_up_while_the_guest_runs() {
     assert_eq!(missing.unwrap_err().message, "There is no disk slot 1; this machine has 1");
 }
 
+/// Devices are reset and started by a vCPU's thread, within its list of system calls.
+#[test]
+#[ignore = "needs KVM"]
+fn devices_can_be_reset_and_started_again() {
+    let file = disk(MIB);
+    let mut running = Running::start(&guest_with_slots(2), |vmm| attach(vmm, 1, &file, false));
+    for _ in 0..2 {
+        assert_eq!(running.tell("rebind virtio_blk"), "2");
+        assert_eq!(running.tell("rebind virtio_rng"), "1");
+        assert_eq!(running.tell("write slot1 0 65536 5"), "done");
+        assert_eq!(running.tell("read slot1 0 65536"), "5");
+        assert_eq!(running.tell("random 100"), "true");
+    }
+}
+
 /// The guest learns of a capacity by an interrupt, some time after the command was answered.
 fn wait_for_size(running: &mut Running, slot: &str, sectors: &str) {
     let deadline = Instant::now() + Duration::from_secs(20);
