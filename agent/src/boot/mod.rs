@@ -67,10 +67,8 @@ pub fn run() -> anyhow::Result<()> {
     log::open();
     log::say_panics();
     mounts::settle();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start the event loop")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the event loop")?;
     runtime.block_on(serve(agent, log_stream.ok()))
 }
 

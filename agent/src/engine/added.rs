@@ -148,7 +148,7 @@ impl Added<'_> {
         join_session_keyring(&name).doing(|| "join a session keyring")?;
         match self.plan.terminal {
             Some(size) => {
-                let terminal = Terminal::open(size)?;
+                let terminal = Terminal::open(size, self.process)?;
                 terminal.give_to(self.process.user().uid())?;
                 wire::report(agent, &Report::Terminal, Some(terminal.master.as_fd()))
                     .doing(|| "hand over the terminal")?;

@@ -137,7 +137,7 @@ impl Container<'_> {
         self.set_names()?;
         match self.plan.terminal {
             Some(size) => {
-                let terminal = Terminal::open(size)?;
+                let terminal = Terminal::open(size, self.process)?;
                 terminal.bind_console()?;
                 terminal.give_to(self.process.user().uid())?;
                 wire::report(agent, &Report::Terminal, Some(terminal.master.as_fd()))

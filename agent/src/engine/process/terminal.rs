@@ -8,6 +8,7 @@ use crate::sys::{check, check_fd, mountfd};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat, major, minor};
 use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
+use oci_spec::runtime::Process;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -19,8 +20,8 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Opens one in this process's root.
-    pub fn open(size: Size) -> Result<Self> {
+    /// Opens one in this process's root. A size of nothing is the process object's, where it has one.
+    pub fn open(size: Size, process: &Process) -> Result<Self> {
         let doing = || "open a terminal in the container's /dev/pts";
         let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
         let master = open("/dev/pts/ptmx", flags, Mode::empty()).doing(doing)?;
@@ -41,7 +42,7 @@ impl Terminal {
             .into(),
         )
         .doing(doing)?;
-        resize(master.as_fd(), size).doing(|| "set the terminal's size")?;
+        resize(master.as_fd(), given_or_own(size, process)).doing(|| "set the terminal's size")?;
         Ok(Self { master, slave })
     }
 
@@ -72,6 +73,14 @@ impl Terminal {
     }
 }
 
+fn given_or_own(given: Size, process: &Process) -> Size {
+    let own = process.console_size().filter(|_| given.width == 0 && given.height == 0);
+    own.map_or(given, |own| Size {
+        width: u16::try_from(own.width()).unwrap_or(u16::MAX),
+        height: u16::try_from(own.height()).unwrap_or(u16::MAX),
+    })
+}
+
 /// Sets a terminal's size.
 pub fn resize(terminal: BorrowedFd<'_>, size: Size) -> std::io::Result<()> {
     let size = libc::winsize { ws_row: size.height, ws_col: size.width, ws_xpixel: 0, ws_ypixel: 0 };
@@ -94,4 +103,18 @@ fn check_multiplexer(master: BorrowedFd<'_>) -> Result<()> {
         "process.terminal",
         "the container's /dev/pts is no devpts; the spec must mount one there",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_objects_size_stands_in_for_none() {
+        let json = r#"{"user":{"uid":0,"gid":0},"cwd":"/","consoleSize":{"width":132,"height":40}}"#;
+        let process: Process = serde_json::from_str(json).unwrap();
+        let nothing = Size { width: 0, height: 0 };
+        assert_eq!(given_or_own(nothing, &process), Size { width: 132, height: 40 });
+        assert_eq!(given_or_own(Size { width: 80, height: 24 }, &process), Size { width: 80, height: 24 });
+    }
 }
