@@ -41,7 +41,7 @@ impl Containerd {
         if !scratch.exists() {
             image::make_ext4(&scratch, 64 << 20)?;
         }
-        fs::write(directory.join("config.toml"), configuration(directory))?;
+        fs::write(directory.join("config.toml"), configuration(directory, is_version_2(programs)?))?;
         let daemon = spawn(programs, directory)?;
         let this = Self { directory: directory.to_owned(), programs: programs.to_owned(), daemon };
         this.wait_until_serving()?;
@@ -81,8 +81,7 @@ impl Containerd {
     /// # Errors
     /// When its program can't be run.
     pub fn version(&self) -> Result<String> {
-        let output = Command::new(self.programs.join("containerd")).arg("--version").output()?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let text = version_text(&self.programs)?;
         Ok(text
             .split_whitespace()
             .filter(|word| !word.starts_with("github.com"))
@@ -134,8 +133,19 @@ impl Containerd {
     /// When `ctr` refuses it.
     pub fn import(&self, archive: &Path, snapshotter: &str) -> Result<()> {
         let archive = archive.to_str().context("the archive's path is not UTF-8")?;
-        self.ctr_ok(["image", "import", "--snapshotter", snapshotter, archive])?;
+        // Since 2.0 the daemon's transfer service imports, which unpacks for its default snapshotter only.
+        let local = if self.is_version_2()? { &["--local"][..] } else { &[] };
+        let words = ["image", "import", "--snapshotter", snapshotter];
+        self.ctr_ok(words.iter().chain(local).chain(&[archive]))?;
         Ok(())
+    }
+
+    /// Whether the daemon is of a series after 1.7.
+    ///
+    /// # Errors
+    /// When its program can't be run.
+    pub fn is_version_2(&self) -> Result<bool> {
+        is_version_2(&self.programs)
     }
 
     fn wait_until_serving(&self) -> Result<()> {
@@ -174,7 +184,23 @@ fn spawn(programs: &Path, directory: &Path) -> Result<Child> {
     command.spawn().with_context(|| format!("cannot start containerd from {}", programs.display()))
 }
 
-fn configuration(directory: &Path) -> String {
+/// `containerd github.com/containerd/containerd VERSION COMMIT`.
+fn version_text(programs: &Path) -> Result<String> {
+    let output = Command::new(programs.join("containerd")).arg("--version").output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn is_version_2(programs: &Path) -> Result<bool> {
+    let text = version_text(programs)?;
+    let version = text.split_whitespace().nth(2).context("containerd tells no version")?;
+    let major = version.trim_start_matches('v').split('.').next().unwrap_or_default();
+    Ok(major.parse::<u32>().with_context(|| format!("containerd's version is {version}"))? >= 2)
+}
+
+fn configuration(directory: &Path, is_version_2: bool) -> String {
+    // What makes erofs layers; a containerd before 2 refuses the setting.
+    let erofs = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
+    let differ = if is_version_2 { erofs } else { "" };
     let directory = directory.display();
     format!(
         r#"version = 2
@@ -189,7 +215,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   scratch_file = "{directory}/blockfile/scratch.ext4"
   fs_type = "ext4"
   mount_options = []
-"#
+{differ}"#
     )
 }
 
