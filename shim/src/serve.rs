@@ -65,8 +65,9 @@ async fn run(
     server.start().await?;
     tokio::spawn(handle_signals(pod.clone(), reaper, signals));
     pod.shutdown_requested().await;
-    pod.wind_up().await;
+    // While the journal still tells `delete` to wait, so that it is not the socket of a successor.
     let _ = std::fs::remove_file(socket);
+    pod.wind_up().await;
     Ok(())
 }
 

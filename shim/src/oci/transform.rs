@@ -51,8 +51,9 @@ pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<Vec<HostBi
     spec.process.rest.remove("apparmorProfile");
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
-    // They run on the host.
-    spec.hooks = None;
+    if spec.hooks.take().is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty())) {
+        log::warn!("the hooks of container {id} are not run: this runtime does not run hooks yet");
+    }
     Ok(binds)
 }
 

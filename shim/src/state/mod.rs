@@ -13,7 +13,7 @@ mod undo;
 pub use journal::{Entry, Journal};
 pub use pod_dir::PodDir;
 pub use process::ProcessId;
-pub use undo::undo;
+pub use undo::{undo, undo_predecessor};
 
 use std::path::PathBuf;
 

@@ -21,6 +21,18 @@ const KILL_LIMIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// The first thing that could not be undone, after all else has been tried. The journal stays.
 pub fn undo(pod: &PodDir) -> Result<(), StateError> {
+    undo_all_but(pod, None)
+}
+
+/// Undoes what a dead shim of the same pod has left, except its socket, whose place has been taken since.
+///
+/// # Errors
+/// As [`undo`].
+pub fn undo_predecessor(pod: &PodDir, socket: &Path) -> Result<(), StateError> {
+    undo_all_but(pod, Some(socket))
+}
+
+fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
     let mut failure = None;
     for entry in Journal::read(&pod.journal())? {
         let (path, result) = match &entry {
@@ -33,6 +45,7 @@ pub fn undo(pod: &PodDir) -> Result<(), StateError> {
                 let _ = std::fs::remove_dir(path);
                 continue;
             }
+            Entry::File(path) if Some(path.as_path()) == kept => continue,
             Entry::File(path) => (path.as_path(), remove_file(path)),
         };
         if let Err(source) = result {
@@ -144,6 +157,21 @@ mod tests {
         assert!(!file.exists());
         assert!(!pod.path().parent().unwrap().exists());
         undo(&pod).unwrap();
+    }
+
+    #[test]
+    fn a_successors_socket_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        let journal = Journal::create(pod.journal()).unwrap();
+        let (socket, other) = (root.path().join("socket"), root.path().join("other"));
+        for path in [&socket, &other] {
+            std::fs::write(path, "").unwrap();
+            journal.intend(&Entry::File(path.clone())).unwrap();
+        }
+        undo_predecessor(&pod, &socket).unwrap();
+        assert!(socket.exists() && !other.exists() && !pod.path().exists());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::events::Publisher;
 use crate::ids::Name;
 use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
-use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo};
+use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
 use crate::storage::{SharedError, Slots, mount_shared};
 use crate::vm::{LaunchError, Launcher, Machine, Vm};
 
@@ -283,7 +283,7 @@ fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> 
 fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Journal, StateError> {
     // The socket is ours, so whoever left this behind is dead or dying.
     if dir.path().exists() {
-        undo(dir)?;
+        undo_predecessor(dir, &serving.socket)?;
     }
     let pointer = serving.bundle.join(crate::STATE_DIR_FILE);
     if config.runtime.state_dir != Config::default().runtime.state_dir {
