@@ -20,3 +20,7 @@ mod generated {
 
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+
+/// The path of a namespace in a spec for the agent, followed by the id of the container in the same guest whose
+/// namespace is joined.
+pub const CONTAINER_NAMESPACE: &str = "vmshim-container:";

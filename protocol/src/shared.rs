@@ -19,3 +19,6 @@ pub const TAG: &str = "shared";
 
 /// The name of a container's root file system in the container's directory.
 pub const ROOTFS_DIRECTORY: &str = "rootfs";
+
+/// The source of a bind mount in a spec for the agent, followed by a path below the shared directory.
+pub const SOURCE_PREFIX: &str = "vmshim-shared:";

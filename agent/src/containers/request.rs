@@ -1,13 +1,13 @@
 //! The shim's requests in the engine's words: the one place where protobuf becomes our own types.
 
-use crate::engine::spec::{CONTAINER_NAMESPACE, Namespaces};
+use crate::engine::spec::Namespaces;
 use crate::engine::wire::{Disk, Root, Size};
 use crate::failure::{Failure, Kind};
 use oci_spec::runtime::LinuxNamespaceType;
 use serde::Deserialize;
 use std::path::PathBuf;
 use vmshim_protocol::agent::root_filesystem::Source;
-use vmshim_protocol::agent::{self as proto, RootFilesystem, Stdio};
+use vmshim_protocol::agent::{self as proto, CONTAINER_NAMESPACE, RootFilesystem, Stdio};
 
 /// The few parts of a spec that the agent itself has to know; the engine reads all of it.
 #[derive(Debug, Default, Deserialize)]

@@ -2,6 +2,7 @@
 
 use super::error::{Error, Result};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Spec};
+use vmshim_protocol::agent::CONTAINER_NAMESPACE;
 
 /// Namespaces of a container, as `CLONE_NEW*` flags.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,9 +62,6 @@ impl Namespaces {
         Ok(())
     }
 }
-
-/// A namespace path with this prefix names a container of the same guest, whose namespace is joined.
-pub const CONTAINER_NAMESPACE: &str = "vmshim-container:";
 
 /// Checks the whole spec.
 pub fn check(spec: &Spec) -> Result<(&Linux, &Process, Namespaces)> {

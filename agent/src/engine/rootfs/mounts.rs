@@ -10,9 +10,7 @@ use oci_spec::runtime::Mount;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-
-/// A bind mount's source with this prefix lies below the shared directory.
-pub const SHARED_SOURCE: &str = "vmshim-shared:";
+use vmshim_protocol::shared::SOURCE_PREFIX;
 
 /// What mounting needs to know about the container.
 pub struct Surroundings<'a> {
@@ -219,7 +217,7 @@ impl Job<'_> {
     fn source(&self) -> Result<OwnedFd> {
         let field = format!("{}.source", self.field);
         let source = self.mount.source().as_deref().ok_or_else(|| Error::invalid(&field, "is missing"))?;
-        match source.to_str().and_then(|source| source.strip_prefix(SHARED_SOURCE)) {
+        match source.to_str().and_then(|source| source.strip_prefix(SOURCE_PREFIX)) {
             Some(relative) => open_shared(self.around.shared, Path::new(relative)),
             None if source.is_absolute() => open_location(source),
             None => return Err(Error::invalid(field, "is neither absolute nor in the shared directory")),
