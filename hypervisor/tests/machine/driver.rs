@@ -46,7 +46,8 @@ impl Default for Guest {
             id: "test".into(),
             vcpus: 1,
             memory_mib: 128,
-            kernel_params: String::new(),
+            // Such as `ignore_loglevel`, to see more.
+            kernel_params: std::env::var("VMSHIM_TEST_PARAMS").unwrap_or_default(),
             disk_slots: 0,
             uid: 4_000_001,
             gid: 4_000_001,
