@@ -56,9 +56,11 @@ impl Streams {
                 )
             })
         };
-        let stdin = one("stdin", stdio.stdin).await?;
-        let stdout = one("stdout", stdio.stdout).await?;
-        let stderr = one("stderr", stdio.stderr).await?;
+        let (stdin, stdout, stderr) = tokio::try_join!(
+            one("stdin", stdio.stdin),
+            one("stdout", stdio.stdout),
+            one("stderr", stdio.stderr)
+        )?;
         Ok(Self { stdin, stdout, stderr })
     }
 
