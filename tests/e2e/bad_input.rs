@@ -79,7 +79,7 @@ fn a_program_that_is_not_in_the_image_fails_create() {
     let host = host();
     let text = complaint(&host, &[], &["/no/such/program"]);
     assert_says(&text, &["/no/such/program", "no such file or directory"]);
-    assert!(!host.log().contains("/tasks/start"), "the task was started");
+    assert!(!host.events().contains("/tasks/start"), "the task was started");
 }
 
 #[test]

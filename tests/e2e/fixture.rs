@@ -23,6 +23,7 @@ pub struct Host {
     daemon: MutexGuard<'static, Containerd>,
     before: Census,
     log_length: usize,
+    events_length: usize,
 }
 
 /// A directory named by the environment.
@@ -41,8 +42,8 @@ pub fn host() -> Host {
         Mutex::new(daemon)
     });
     let daemon = daemon.lock().unwrap_or_else(PoisonError::into_inner);
-    let (before, log_length) = (Census::take(), daemon.log().len());
-    Host { daemon, before, log_length }
+    let (log_length, events_length) = (daemon.log().len(), daemon.events().len());
+    Host { before: Census::take(), daemon, log_length, events_length }
 }
 
 /// Lets guests take long to boot, since KVM itself may be emulated here.
@@ -88,6 +89,11 @@ impl Host {
     /// What containerd and the shims have logged during this test.
     pub fn log(&self) -> String {
         self.daemon.log().split_off(self.log_length)
+    }
+
+    /// The events that containerd handed on during this test, a line each.
+    pub fn events(&self) -> String {
+        self.daemon.events().split_off(self.events_length)
     }
 
     /// Asserts that the host holds nothing that it did not hold when the test began.

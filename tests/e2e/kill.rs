@@ -72,7 +72,7 @@ fn a_killed_vmm_stops_the_task_within_a_second() {
         for vmm in processes("vmshim-vmm") {
             kill(vmm, Signal::SIGKILL).unwrap();
         }
-        wait_for("the task's exit", SECOND, || host.log().contains("/tasks/exit"));
+        wait_for("the task's exit", SECOND, || host.events().contains("/tasks/exit"));
         wait_for("the stop", Duration::from_secs(5), || container.status() == "STOPPED");
     }
     host.assert_nothing_left();

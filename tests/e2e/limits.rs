@@ -10,7 +10,9 @@ fn allocating_past_the_memory_limit_is_an_oom_kill() {
     let options = ["--memory-limit", "67108864"];
     let output = host.run(&options, BUSYBOX, &["tail", "/dev/zero"]);
     assert_eq!(output.status.code(), Some(137), "{}{}", stdout(&output), stderr(&output));
-    assert!(host.log().contains("/tasks/oom") || host.log().contains("TaskOOM"), "no OOM event was seen");
+    let events = host.events();
+    let (oom, exit) = (events.find("/tasks/oom"), events.find("/tasks/exit"));
+    assert!(oom.is_some() && oom < exit, "no OOM event before the exit: {events}");
     host.assert_nothing_left();
 }
 

@@ -26,6 +26,7 @@ pub struct Containerd {
     directory: PathBuf,
     programs: PathBuf,
     daemon: Child,
+    listener: Option<Child>,
 }
 
 impl Containerd {
@@ -43,22 +44,12 @@ impl Containerd {
         }
         fs::write(directory.join("config.toml"), configuration(directory, is_version_2(programs)?))?;
         let daemon = spawn(programs, directory)?;
-        let this = Self { directory: directory.to_owned(), programs: programs.to_owned(), daemon };
+        let (directory, programs) = (directory.to_owned(), programs.to_owned());
+        let mut this = Self { directory, programs, daemon, listener: None };
         this.wait_until_serving()?;
+        let events = fs::File::create(this.directory.join("events"))?;
+        this.listener = Some(this.ctr(["events"]).stdin(Stdio::null()).stdout(events).spawn()?);
         Ok(this)
-    }
-
-    /// Kills the daemon with SIGKILL and starts it anew over the same state, as after a crash or an upgrade to the
-    /// version in `programs`.
-    ///
-    /// # Errors
-    /// As [`Containerd::start`].
-    pub fn restart(&mut self, programs: &Path) -> Result<()> {
-        self.daemon.kill()?;
-        self.daemon.wait()?;
-        self.programs = programs.to_owned();
-        self.daemon = spawn(programs, &self.directory)?;
-        self.wait_until_serving()
     }
 
     /// Where the daemon keeps everything.
@@ -93,6 +84,11 @@ impl Containerd {
     /// What the daemon and, through it, the shims have logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.join("log")).unwrap_or_default()
+    }
+
+    /// The events that the daemon has handed on, a line each.
+    pub fn events(&self) -> String {
+        fs::read_to_string(self.directory.join("events")).unwrap_or_default()
     }
 
     /// `ctr` of the daemon's own version, to be given its arguments.
@@ -164,6 +160,10 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         // An error means that it is gone already.
+        if let Some(listener) = &mut self.listener {
+            let _ = listener.kill();
+            let _ = listener.wait();
+        }
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
     }
