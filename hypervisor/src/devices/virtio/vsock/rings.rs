@@ -147,58 +147,43 @@ impl<'a> Outbound<'a> {
         Ok(std::mem::take(&mut self.used) && self.queue.needs_notification(self.memory)?)
     }
 
+    /// Takes up to `count` buffers for up to `limit` bytes. Malformed ones in front of them are returned.
     fn gather(&mut self, count: usize, limit: u32) -> Result<(), BrokenRing> {
-        self.buffers.clear();
-        self.headers.clear();
-        self.payloads.clear();
-        let mut left = usize::try_from(limit).unwrap_or(usize::MAX);
-        while self.buffers.len() < count && (left > 0 || limit == 0) && self.payloads.len() < MAX_SLICES {
-            let Some(chain) = self.queue.iter(self.memory)?.next() else { break };
-            let head = chain.head_index();
-            let (headers, payloads) = (self.headers.len(), self.payloads.len());
-            match self.add(chain, left) {
-                Some(room) if room > 0 || limit == 0 => {
-                    left -= room;
-                    self.buffers.push(EmptyBuffer { head, headers: self.headers.len(), room });
-                    continue;
-                }
-                _ => {
-                    self.headers.truncate(headers);
-                    self.payloads.truncate(payloads);
-                }
-            }
-            // Malformed. Its turn to be returned comes when it is the next one.
-            if !self.buffers.is_empty() {
-                self.queue.go_to_previous_position();
-                break;
-            }
+        while let Some(head) = self.gather_sound(count, limit)? {
             self.malformed += 1;
             self.finish(head, 0)?;
         }
         Ok(())
     }
 
-    /// Notes the pieces of one buffer; returns how much payload of at most `limit` goes into it, `None` when it is
-    /// malformed.
-    fn add(&mut self, chain: DescriptorChain<&'a GuestMemoryMmap>, limit: usize) -> Option<usize> {
-        let mut header = HEADER_LEN;
-        let mut room = 0;
-        for descriptor in chain {
-            if !descriptor.is_write_only() {
-                return None;
-            }
-            let (first, rest) = split(slice_of(self.memory, &descriptor)?, header)?;
-            header -= first.len();
-            if !first.is_empty() {
-                self.headers.push(first);
-            }
-            let rest = rest.subslice(0, rest.len().min(limit - room)).ok()?;
-            if !rest.is_empty() && self.payloads.len() < MAX_SLICES {
-                room += rest.len();
-                self.payloads.push(rest);
+    /// The same, up to the first malformed buffer: it waits for its turn if others come before it, and is handed out
+    /// if none does.
+    fn gather_sound(&mut self, count: usize, limit: u32) -> Result<Option<u16>, BrokenRing> {
+        let Self { queue, memory, buffers, headers, payloads, .. } = self;
+        buffers.clear();
+        headers.clear();
+        payloads.clear();
+        let mut left = usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut chains = queue.iter(*memory)?;
+        while buffers.len() < count && (left > 0 || limit == 0) && payloads.len() < MAX_SLICES {
+            let Some(chain) = chains.next() else { break };
+            let head = chain.head_index();
+            let before = (headers.len(), payloads.len());
+            match add(memory, chain, left, headers, payloads) {
+                Some(room) if room > 0 || limit == 0 => {
+                    left -= room;
+                    buffers.push(EmptyBuffer { head, headers: headers.len(), room });
+                }
+                _ if buffers.is_empty() => return Ok(Some(head)),
+                _ => {
+                    headers.truncate(before.0);
+                    payloads.truncate(before.1);
+                    chains.go_to_previous_position();
+                    break;
+                }
             }
         }
-        (header == 0).then_some(room)
+        Ok(None)
     }
 
     fn finish(&mut self, head: u16, len: usize) -> Result<(), BrokenRing> {
@@ -212,6 +197,34 @@ impl<'a> Outbound<'a> {
             self.queue.go_to_previous_position();
         }
     }
+}
+
+/// Notes the pieces of one buffer; returns how much payload of at most `limit` goes into it, `None` when it is malformed.
+fn add<'a>(
+    memory: &'a GuestMemoryMmap,
+    chain: DescriptorChain<&'a GuestMemoryMmap>,
+    limit: usize,
+    headers: &mut Vec<VolatileSlice<'a>>,
+    payloads: &mut Vec<VolatileSlice<'a>>,
+) -> Option<usize> {
+    let mut header = HEADER_LEN;
+    let mut room = 0;
+    for descriptor in chain {
+        if !descriptor.is_write_only() {
+            return None;
+        }
+        let (first, rest) = split(slice_of(memory, &descriptor)?, header)?;
+        header -= first.len();
+        if !first.is_empty() {
+            headers.push(first);
+        }
+        let rest = rest.subslice(0, rest.len().min(limit - room)).ok()?;
+        if !rest.is_empty() && payloads.len() < MAX_SLICES {
+            room += rest.len();
+            payloads.push(rest);
+        }
+    }
+    (header == 0).then_some(room)
 }
 
 /// The queue with packets from the guest.
