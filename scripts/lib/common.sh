@@ -39,8 +39,17 @@ need_packages() {
     die "could not install ${missing[*]}"
 }
 
-# candidate PACKAGE: the version this machine's own apt would install.
-candidate() { apt_lists; apt-cache policy "$1" | awk '$1 == "Candidate:" && $2 != "(none)" { print $2 }'; }
+# candidate PACKAGE: the version this machine's own apt would install. Lists that
+# do not know it may be older than it is.
+candidate() {
+  apt_lists
+  if ! apt-cache show "$1" >/dev/null 2>&1 && [[ ! ${APT_FRESH-} ]]; then
+    log "reading package lists again: they do not have $1"
+    apt-get -qq update >&2 || die "apt-get update failed; check /etc/apt and the network"
+    APT_FRESH=1
+  fi
+  apt-cache policy "$1" | awk '$1 == "Candidate:" && $2 != "(none)" { print $2 }'
+}
 
 # locked NAME: the rest of the calling (sub)shell runs with this cache entry locked.
 locked() {
