@@ -1,6 +1,6 @@
 //! Streams: every byte, in order, at any size, and the end of file where it belongs.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 
@@ -103,4 +103,12 @@ fn dev_stdout_and_dev_stderr_can_be_opened_again() {
     let host = host();
     let output = host.sh(&[], "echo out > /dev/stdout; echo err > /dev/stderr");
     assert_eq!((stdout(&output), crate::fixture::stderr(&output)), ("out\n".into(), "err\n".into()));
+}
+
+#[test]
+fn a_few_bytes_and_their_end_reach_the_container() {
+    let host = host();
+    let mut child = run(&host, &["sh", "-c", "cat; echo done"]).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"last words\n").unwrap();
+    assert_eq!(stdout(&child.wait_with_output().unwrap()), "last words\ndone\n");
 }

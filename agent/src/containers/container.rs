@@ -7,6 +7,7 @@ use crate::cgroup::{Cgroup, limits, stats};
 use crate::engine::spec::Namespaces;
 use crate::events::Events;
 use crate::failure::{Failure, Kind, describe};
+use crate::link::Dialer;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
 use std::collections::{HashMap, hash_map};
@@ -93,7 +94,7 @@ impl Container {
     }
 
     /// Lets a process run.
-    pub async fn start(&self, exec_id: &str) -> Result<u32, Failure> {
+    pub async fn start(&self, exec_id: &str, dialer: &dyn Dialer) -> Result<u32, Failure> {
         let process = self.process(exec_id)?;
         if self.is_frozen()? {
             return Err(Failure::new(
@@ -101,7 +102,7 @@ impl Container {
                 "cannot start a process in a paused container",
             ));
         }
-        process.start().await?;
+        process.start(dialer).await?;
         Ok(process.pid())
     }
 

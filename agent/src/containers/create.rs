@@ -2,7 +2,7 @@
 
 use super::container::Container;
 use super::making::{self, internal};
-use super::process::{Process, Stage};
+use super::process::{Process, Stage, Waiting};
 use super::{Containers, Entry, check_id, request, teardown};
 use crate::engine::wire::{Document, Plan, Task};
 use crate::failure::{Failure, Kind};
@@ -15,6 +15,11 @@ use std::sync::Arc;
 use vmshim_protocol::agent::{CreateContainerRequest, ExecProcessRequest, Stdio};
 
 impl Containers {
+    /// Lets a process run.
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Failure> {
+        self.get(id)?.start(exec_id, &*self.dialer).await
+    }
+
     /// Makes a container whose first process waits to be started. On failure nothing is left of it.
     pub async fn create(self: &Arc<Self>, request: CreateContainerRequest) -> Result<u32, Failure> {
         // A caller who gives up must not leave half a container: the work goes on without him.
@@ -155,26 +160,25 @@ impl Containers {
             move |status| container.process_exited(&process, status)
         };
         let mut fds = vec![document];
-        let made = if stdio.terminal {
+        let (made, input) = if stdio.terminal {
             fds.extend_from_slice(more);
             let made = making::make(&self.places.engine, &self.reaper, &fds, process, on_exit).await?;
             let master = made.terminal.as_ref().map(OwnedFd::try_clone).transpose().map_err(copying)?;
             let master = master
                 .ok_or_else(|| Failure::new(Kind::Internal, "the container engine sent no terminal"))?;
             streams.serve_terminal(master).map_err(copying)?;
-            made
+            (made, None)
         } else {
             let pipes = streams.into_pipes().map_err(copying)?;
             fds.extend(pipes.for_process());
             fds.extend_from_slice(more);
             let made = making::make(&self.places.engine, &self.reaper, &fds, process, on_exit).await?;
-            pipes.serve().map_err(copying)?;
-            made
+            (made, pipes.serve().map_err(copying)?)
         };
         if let Some(master) = made.terminal {
             process.set_terminal(master);
         }
-        if !process.created(made.control)
+        if !process.created(Waiting { control: made.control, input })
             && let Stage::Exited(status) = process.stage()
         {
             // It died between its report and here; its exit has not been announced.

@@ -3,6 +3,8 @@
 use crate::engine::process::terminal;
 use crate::engine::wire::Size;
 use crate::failure::{Failure, Kind, describe};
+use crate::link::Dialer;
+use crate::stdio::Input;
 use crate::sys::process::pidfd_send_signal;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,7 +34,15 @@ pub struct Process {
     terminal: OnceLock<OwnedFd>,
     stage: watch::Sender<Stage>,
     /// Until it is let go.
-    control: Mutex<Option<Control>>,
+    waiting: Mutex<Option<Waiting>>,
+}
+
+/// What there is to do with a prepared process when it is let go.
+pub struct Waiting {
+    /// The conversation with it.
+    pub control: Control,
+    /// Its standard input, where it has one.
+    pub input: Option<Input>,
 }
 
 impl Process {
@@ -43,7 +53,7 @@ impl Process {
             identity: OnceLock::new(),
             terminal: OnceLock::new(),
             stage: watch::Sender::new(Stage::Making),
-            control: Mutex::default(),
+            waiting: Mutex::default(),
         }
     }
 
@@ -79,9 +89,9 @@ impl Process {
     }
 
     /// It is prepared. False if it has died since.
-    pub fn created(&self, control: Control) -> bool {
-        if let Ok(mut place) = self.control.try_lock() {
-            *place = Some(control);
+    pub fn created(&self, waiting: Waiting) -> bool {
+        if let Ok(mut place) = self.waiting.try_lock() {
+            *place = Some(waiting);
         }
         self.stage.send_if_modified(|stage| {
             let alive = *stage == Stage::Making;
@@ -104,8 +114,8 @@ impl Process {
     }
 
     /// Lets it run.
-    pub async fn start(&self) -> Result<(), Failure> {
-        let mut control = self.control.lock().await;
+    pub async fn start(&self, dialer: &dyn Dialer) -> Result<(), Failure> {
+        let mut place = self.waiting.lock().await;
         let refuse = |why: &str| {
             Err(Failure::new(Kind::FailedPrecondition, format!("cannot start a process that {why}")))
         };
@@ -115,8 +125,11 @@ impl Process {
             Stage::Running => return refuse("runs already"),
             Stage::Exited(_) => return refuse("has stopped"),
         }
-        let Some(control) = control.take() else { return refuse("runs already") };
-        control.let_go().await?;
+        let Some(waiting) = place.take() else { return refuse("runs already") };
+        if let Some(input) = waiting.input {
+            input.serve(dialer).await?;
+        }
+        waiting.control.let_go().await?;
         self.stage.send_if_modified(|stage| {
             let alive = *stage == Stage::Created;
             if alive {

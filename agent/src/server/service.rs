@@ -72,8 +72,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<ProcessCreated> {
         // A program counts the CPUs when it begins.
         self.ready.cpus().await;
-        let container = self.containers.get(&request.container_id)?;
-        Ok(created(container.start(&request.exec_id).await?))
+        Ok(created(self.containers.start(&request.container_id, &request.exec_id).await?))
     }
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {

@@ -21,9 +21,9 @@ use vmshim_protocol::agent::Stdio;
 /// The most that one turn moves: a pipe's usual capacity.
 const CHUNK: usize = 64 * 1024;
 
-/// The streams that a process was asked to have, dialled.
+/// The streams that a process was asked to have: where it writes to is dialled, where it reads from is not yet.
 pub struct Streams {
-    stdin: Option<Stream>,
+    stdin: Option<u32>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
 }
@@ -31,12 +31,35 @@ pub struct Streams {
 /// The process's ends, and what is to be copied once it exists.
 pub struct Pipes {
     process: [OwnedFd; 3],
-    stdin: Option<(Stream, OwnedFd)>,
+    input: Option<Input>,
     outputs: Vec<(OwnedFd, Stream)>,
 }
 
+/// Standard input of a process that does not run yet. It is dialled when the process is let go: the host begins to read
+/// its own end no sooner, since a client that is done writing before it knows of the process cannot say so any more.
+pub struct Input {
+    port: u32,
+    pipe: OwnedFd,
+}
+
+impl Input {
+    /// Dials, and copies in the background until there is no more.
+    pub async fn serve(self, dialer: &dyn Dialer) -> Result<(), Failure> {
+        let stream = dial(dialer, "stdin", self.port).await?;
+        pipe::serve_input(stream, self.pipe)
+            .map_err(|error| Failure::new(Kind::Internal, format!("set up stdin: {}", describe(&error))))
+    }
+}
+
+async fn dial(dialer: &dyn Dialer, name: &str, port: u32) -> Result<Stream, Failure> {
+    dialer.dial(port).await.map_err(|error| {
+        let why = describe(&error);
+        Failure::new(Kind::FailedPrecondition, format!("the host does not take {name} on port {port}: {why}"))
+    })
+}
+
 impl Streams {
-    /// Dials each port that is named, all at once.
+    /// Dials the ports that are named for output, all at once.
     pub async fn dial(dialer: &dyn Dialer, stdio: &Stdio) -> Result<Self, Failure> {
         if stdio.terminal && (stdio.stdin != 0 || stdio.stderr != 0) {
             return Err(Failure::new(
@@ -44,35 +67,23 @@ impl Streams {
                 "stdio: with a terminal, stdin and stderr have no port of their own",
             ));
         }
-        let one = |name: &'static str, port: u32| async move {
-            if port == 0 {
-                return Ok(None);
-            }
-            dialer.dial(port).await.map(Some).map_err(|error| {
-                let why = describe(&error);
-                Failure::new(
-                    Kind::FailedPrecondition,
-                    format!("the host does not take {name} on port {port}: {why}"),
-                )
-            })
+        let output = |name: &'static str, port: u32| async move {
+            if port == 0 { Ok(None) } else { dial(dialer, name, port).await.map(Some) }
         };
-        let (stdin, stdout, stderr) = tokio::try_join!(
-            one("stdin", stdio.stdin),
-            one("stdout", stdio.stdout),
-            one("stderr", stdio.stderr)
-        )?;
-        Ok(Self { stdin, stdout, stderr })
+        let (stdout, stderr) =
+            tokio::try_join!(output("stdout", stdio.stdout), output("stderr", stdio.stderr))?;
+        Ok(Self { stdin: Some(stdio.stdin).filter(|&port| port != 0), stdout, stderr })
     }
 
     /// Makes a pipe for each stream; what has none is the null device.
     pub fn into_pipes(self) -> io::Result<Pipes> {
         let mut outputs = Vec::new();
-        let (stdin, ours) = match self.stdin {
+        let (stdin, input) = match self.stdin {
             None => (null()?, None),
-            Some(stream) => {
-                let (read, write) = new_pipe()?;
-                set_nonblocking(write.as_fd())?;
-                (read, Some((stream, write)))
+            Some(port) => {
+                let (read, pipe) = new_pipe()?;
+                set_nonblocking(pipe.as_fd())?;
+                (read, Some(Input { port, pipe }))
             }
         };
         let mut output = |stream: Option<Stream>| match stream {
@@ -85,7 +96,7 @@ impl Streams {
             }
         };
         let process = [stdin, output(self.stdout)?, output(self.stderr)?];
-        Ok(Pipes { process, stdin: ours, outputs })
+        Ok(Pipes { process, input, outputs })
     }
 
     /// Copies between a terminal's master and its stream, in the background.
@@ -102,15 +113,13 @@ impl Pipes {
         [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]
     }
 
-    /// Copies in the background, until each stream has its end. The process's ends are closed here.
-    pub fn serve(self) -> io::Result<()> {
-        if let Some((stream, pipe)) = self.stdin {
-            pipe::serve_input(stream, pipe)?;
-        }
+    /// Copies output in the background, until each stream has its end, and hands out what waits for the process to run.
+    /// The process's ends are closed here.
+    pub fn serve(self) -> io::Result<Option<Input>> {
         for (pipe, stream) in self.outputs {
             pipe::serve_output(pipe, stream)?;
         }
-        Ok(())
+        Ok(self.input)
     }
 }
 

@@ -29,17 +29,31 @@ use vmshim_protocol::agent::{
     RootFilesystem, SignalProcessRequest, Stdio, root_filesystem::Source,
 };
 
-/// The streams that the agent has dialled, by port.
+/// The streams that the agent dials, by port: each end is there for who comes first.
 #[derive(Default, Clone)]
-struct Ports(Arc<Mutex<HashMap<u32, StdStream>>>);
+struct Ports(Arc<Mutex<HashMap<u32, Ends>>>);
+
+struct Ends {
+    host: Option<StdStream>,
+    guest: Option<StdStream>,
+}
+
+impl Ports {
+    fn take(&self, port: u32, end: impl FnOnce(&mut Ends) -> Option<StdStream>) -> Option<StdStream> {
+        let mut ports = self.0.lock().unwrap();
+        end(ports.entry(port).or_insert_with(|| {
+            let (host, guest) = StdStream::pair().unwrap();
+            host.set_nonblocking(true).unwrap();
+            guest.set_nonblocking(true).unwrap();
+            Ends { host: Some(host), guest: Some(guest) }
+        }))
+    }
+}
 
 #[async_trait::async_trait]
 impl Dialer for Ports {
     async fn dial(&self, port: u32) -> io::Result<Stream> {
-        let (host, guest) = StdStream::pair()?;
-        host.set_nonblocking(true)?;
-        guest.set_nonblocking(true)?;
-        self.0.lock().unwrap().insert(port, host);
+        let guest = self.take(port, |ends| ends.guest.take()).expect("a port is dialled once");
         Stream::new(OwnedFd::from(guest))
     }
 }
@@ -195,10 +209,12 @@ impl Shim {
         Stdio { stdin: port(), stdout: port(), stderr: port(), ..Default::default() }
     }
 
-    /// The host's ends of streams that the agent has dialled.
+    /// The host's ends of streams that the agent has dialled, or will.
     pub fn streams(&self, stdio: &Stdio) -> Streams {
-        let mut ports = self.ports.0.lock().unwrap();
-        let mut take = |port| ports.remove(&port).map(|stream| UnixStream::from_std(stream).unwrap());
+        let take = |port| {
+            let stream = if port == 0 { None } else { self.ports.take(port, |ends| ends.host.take()) };
+            stream.map(|stream| UnixStream::from_std(stream).unwrap())
+        };
         Streams { stdin: take(stdio.stdin), stdout: take(stdio.stdout), stderr: take(stdio.stderr) }
     }
 

@@ -86,14 +86,16 @@ pub struct Running {
 }
 
 impl Vmm {
-    /// Starts a VMM that waits for orders.
+    /// Starts a VMM that waits for orders: the one built along with the tests, which checks more than a released one.
     pub fn start() -> Self {
+        Self::start_program(Path::new(env!("CARGO_BIN_EXE_vmshim-vmm")))
+    }
+
+    /// Starts another build of the VMM.
+    pub fn start_program(vmm: &Path) -> Self {
         let (socket, theirs) = ControlSocket::pair().unwrap();
         let theirs = OwnedFd::from(theirs);
         let fd = theirs.as_raw_fd();
-        // Another build of it can be measured.
-        let vmm =
-            std::env::var_os("VMSHIM_TEST_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_vmshim-vmm").into());
         let mut program = Program::new(vmm);
         program.arg("--control-fd").arg(fd.to_string()).stdin(Stdio::null());
         // SAFETY: fcntl is async-signal-safe.
@@ -212,7 +214,16 @@ impl Running {
         more: &[(FdRole, BorrowedFd<'_>)],
         before: impl FnOnce(&mut Vmm),
     ) -> Self {
-        let mut vmm = Vmm::start();
+        Self::start_in(Vmm::start(), guest, more, before)
+    }
+
+    /// As [`Running::start`], in a VMM that has been started.
+    pub fn start_in(
+        mut vmm: Vmm,
+        guest: &Guest,
+        more: &[(FdRole, BorrowedFd<'_>)],
+        before: impl FnOnce(&mut Vmm),
+    ) -> Self {
         assert_eq!(vmm.configure_with(guest, more), Ok(Response::Done));
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -45,19 +45,36 @@ pub struct Kept {
 }
 
 impl Streams {
-    /// Opens everything. Never waits for a peer, except for a logger that is starting, so it belongs on a thread of
-    /// its own.
+    /// Whether there is a standard input to be opened by [`Streams::open_input`].
+    pub fn has_late_input(&self) -> bool {
+        !self.terminal && !self.stdin.is_empty()
+    }
+
+    /// Opens standard input; what comes with it keeps it from ending. Whoever writes to it may do so from now on.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open_input(&self) -> Result<(OwnedFd, Option<File>), StdioError> {
+        match Target::parse(&self.stdin)? {
+            Target::Fifo(path) | Target::File(path) => open_source(&path),
+            Target::None | Target::Binary { .. } => Err(StdioError::Unsupported(self.stdin.clone())),
+        }
+    }
+
+    /// Opens everything that a process is made with: all but a standard input that is no terminal. Never waits for a
+    /// peer, except for a logger that is starting, so it belongs on a thread of its own.
     ///
     /// # Errors
     /// The stream that cannot be opened is named.
     pub fn open(&self, namespace: &str, id: &str) -> Result<Opened, StdioError> {
         let mut opened = Opened::default();
-        match Target::parse(&self.stdin)? {
-            Target::None => {}
-            Target::Fifo(path) | Target::File(path) => {
-                opened.stdin = Some(open_source(&path, &mut opened.kept)?);
-            }
-            Target::Binary { .. } => return Err(StdioError::Unsupported(self.stdin.clone())),
+        if let Target::Binary { .. } = Target::parse(&self.stdin)? {
+            return Err(StdioError::Unsupported(self.stdin.clone()));
+        }
+        if self.terminal && !self.stdin.is_empty() {
+            let (source, writer) = self.open_input()?;
+            opened.stdin = Some(source);
+            opened.kept.stdin_writer = writer;
         }
         let stdout = Target::parse(&self.stdout)?;
         let stderr = if self.terminal { Target::None } else { Target::parse(&self.stderr)? };
@@ -80,14 +97,13 @@ impl Streams {
     }
 }
 
-fn open_source(path: &Path, kept: &mut Kept) -> Result<OwnedFd, StdioError> {
+fn open_source(path: &Path) -> Result<(OwnedFd, Option<File>), StdioError> {
     let failed = |source| StdioError::Open { path: path.to_owned(), source };
     let source = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    if is_fifo(&source).map_err(failed)? {
-        // There is a reader now, so this does not wait.
-        kept.stdin_writer = Some(OpenOptions::new().write(true).open(path).map_err(failed)?);
-    }
-    Ok(source.into())
+    let is_fifo = is_fifo(&source).map_err(failed)?;
+    // There is a reader now, so this does not wait.
+    let writer = is_fifo.then(|| OpenOptions::new().write(true).open(path)).transpose().map_err(failed)?;
+    Ok((source.into(), writer))
 }
 
 fn open_sink(target: Target, kept: &mut Kept) -> Result<Option<OwnedFd>, StdioError> {
@@ -156,10 +172,11 @@ mod tests {
         reader.read_exact(&mut buffer).unwrap();
         assert_eq!(&buffer, b"kept");
         // A client that writes and goes does not end the input; dropping the kept writer does.
-        let mut input = File::from(opened.stdin.take().unwrap());
+        let (input, mut writer) = streams.open_input().unwrap();
+        let mut input = File::from(input);
         drop(OpenOptions::new().write(true).open(&streams.stdin).unwrap());
         assert_eq!(input.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        opened.kept.stdin_writer = None;
+        assert!(writer.take().is_some());
         assert_eq!(input.read(&mut buffer).unwrap(), 0);
     }
 

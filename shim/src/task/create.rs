@@ -14,14 +14,14 @@ use super::container::{Container, HostStorage};
 use super::exits;
 use super::pod::Pod;
 use super::process::{Phase, Process};
+use super::streams::{connect, forget};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
 use crate::oci::{Spec, for_guest};
-use crate::stdio::{Opened, Streams};
+use crate::stdio::Streams;
 use crate::storage::{Disk, MountRequest, Rootfs, Staging};
 use crate::timeline::{self, Mark};
-use crate::vm::{Closed, Port, Vm};
-use vmshim_protocol::control::FdRole;
+use crate::vm::Vm;
 
 /// Creates a container. When it fails, nothing of it is left in guest or host.
 ///
@@ -136,81 +136,6 @@ async fn attach_rootfs(
         ..Default::default()
     };
     Ok(api::RootFilesystem { source: Some(Source::Disk(disk)), ..Default::default() })
-}
-
-/// Gives the opened streams to the VMM, each on a port of its own, and what is kept to the process.
-///
-/// # Errors
-/// When the VMM does not take one; then none stays.
-pub async fn connect(
-    vm: &Vm,
-    process: &Process,
-    opened: Opened,
-    deadline: Instant,
-) -> Result<api::Stdio, TaskError> {
-    let terminal = process.streams.terminal;
-    let source = opened.stdin.as_ref().map(|fd| (FdRole::StreamSource, fd));
-    let sink = opened.stdout.as_ref().map(|fd| (FdRole::StreamSink, fd));
-    let errors = opened.stderr.as_ref().map(|fd| (FdRole::StreamSink, fd));
-    // A terminal is one stream that carries both directions.
-    let groups = if terminal {
-        [Vec::new(), source.into_iter().chain(sink).collect(), Vec::new()]
-    } else {
-        [source.into_iter().collect::<Vec<_>>(), sink.into_iter().collect(), errors.into_iter().collect()]
-    };
-    let [stdin, stdout, stderr] = groups;
-    let (stdin, stdout, stderr) = tokio::join!(
-        expect(vm, &stdin, deadline),
-        expect(vm, &stdout, deadline),
-        expect(vm, &stderr, deadline)
-    );
-    let mut open: Vec<(Port, Closed)> = Vec::new();
-    let mut failure = None;
-    let mut numbers = [0; 3];
-    for (number, result) in numbers.iter_mut().zip([stdin, stdout, stderr]) {
-        match result {
-            Ok(Some((port, closed))) => {
-                *number = port.0;
-                open.push((port, closed));
-            }
-            Ok(None) => {}
-            Err(error) => failure = Some(error),
-        }
-    }
-    process.connect(opened.kept, open);
-    match failure {
-        Some(error) => {
-            forget(vm, process, deadline).await;
-            Err(error)
-        }
-        None => Ok(api::Stdio {
-            stdin: numbers[0],
-            stdout: numbers[1],
-            stderr: numbers[2],
-            terminal,
-            ..Default::default()
-        }),
-    }
-}
-
-async fn expect(
-    vm: &Vm,
-    fds: &[(FdRole, &std::os::fd::OwnedFd)],
-    deadline: Instant,
-) -> Result<Option<(Port, Closed)>, TaskError> {
-    use std::os::fd::AsFd;
-    if fds.is_empty() {
-        return Ok(None);
-    }
-    let fds: Vec<_> = fds.iter().map(|(role, fd)| (*role, fd.as_fd())).collect();
-    Ok(Some(vm.expect(&fds, deadline).await?))
-}
-
-/// Takes back every port of a process.
-pub async fn forget(vm: &Vm, process: &Process, deadline: Instant) {
-    for port in process.disconnect() {
-        vm.forget(port, deadline).await;
-    }
 }
 
 async fn roll_back(pod: &Pod, container: &Container) {

@@ -10,9 +10,9 @@ use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
-use super::create::forget;
 use super::pod::Pod;
 use super::process::{Exit, Phase, Process};
+use super::streams::forget;
 use crate::timeline::{self, Mark};
 
 /// How long output may take to reach its reader.

@@ -11,10 +11,11 @@ use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::{Container, Exec};
-use super::create::{blocking, connect, forget};
+use super::create::blocking;
 use super::exits;
 use super::pod::Pod;
 use super::process::{Phase, Process};
+use super::streams::{connect, connect_input, forget};
 use crate::stdio::Streams;
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
@@ -116,6 +117,7 @@ async fn run(
         forget(vm, process, deadline).await;
         return Err(error);
     }
+    connect_input(vm, process, deadline).await?;
     let request = api::ProcessRequest {
         container_id: container.id.to_string(),
         exec_id: process.exec_id.clone(),

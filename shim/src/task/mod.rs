@@ -15,6 +15,7 @@ mod pod;
 mod process;
 mod service;
 mod signal;
+mod streams;
 #[cfg(test)]
 mod tests;
 

@@ -1,5 +1,6 @@
 //! One process of a container: its phase, published at every change, and its standard streams.
 
+use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -87,6 +88,10 @@ pub struct Process {
 struct Io {
     kept: Kept,
     open: Vec<(Port, Closed)>,
+    /// Standard input until the process starts.
+    reserved: Option<(Port, Closed)>,
+    /// CloseIO may come before there is anything to close.
+    stdin_closed: bool,
 }
 
 impl Process {
@@ -161,12 +166,42 @@ impl Process {
 
     /// Takes over what was opened for its streams.
     pub fn connect(&self, kept: Kept, open: Vec<(Port, Closed)>) {
-        *lock(&self.io) = Io { kept, open };
+        let mut io = lock(&self.io);
+        io.kept = kept;
+        io.open = open;
+        if io.stdin_closed {
+            io.kept.stdin_writer = None;
+        }
+    }
+
+    /// Notes the port of its standard input, which is opened later.
+    pub fn reserve_input(&self, port: Port, closed: Closed) {
+        lock(&self.io).reserved = Some((port, closed));
+    }
+
+    /// The port that waits for its standard input.
+    pub fn reserved_input(&self) -> Option<Port> {
+        lock(&self.io).reserved.as_ref().map(|(port, _)| *port)
+    }
+
+    /// Takes over what keeps standard input from ending, unless it has been ended already.
+    pub fn keep_input(&self, writer: Option<File>) {
+        let mut io = lock(&self.io);
+        io.kept.stdin_writer = writer.filter(|_| !io.stdin_closed);
+    }
+
+    /// Standard input is a stream like the others from now on.
+    pub fn input_is_open(&self) {
+        let mut io = lock(&self.io);
+        let input = io.reserved.take();
+        io.open.extend(input);
     }
 
     /// Ends standard input, as far as this side is concerned.
     pub fn close_stdin(&self) {
-        lock(&self.io).kept.stdin_writer = None;
+        let mut io = lock(&self.io);
+        io.stdin_closed = true;
+        io.kept.stdin_writer = None;
     }
 
     /// Waits until every stream is over.
@@ -184,7 +219,8 @@ impl Process {
 
     /// Lets go of the streams and says which ports they had.
     pub fn disconnect(&self) -> Vec<Port> {
-        std::mem::take(&mut *lock(&self.io)).open.into_iter().map(|(port, _)| port).collect()
+        let Io { open, reserved, .. } = std::mem::take(&mut *lock(&self.io));
+        open.into_iter().chain(reserved).map(|(port, _)| port).collect()
     }
 }
 
@@ -225,6 +261,18 @@ mod tests {
         assert_eq!(process.advance(Phase::Running, Phase::Paused), Err(Phase::Created));
         assert_eq!(process.advance(Phase::Created, Phase::Starting), Ok(()));
         assert_eq!(process.advance(Phase::Created, Phase::Starting), Err(Phase::Starting));
+    }
+
+    #[test]
+    fn an_input_that_was_closed_too_early_is_closed_when_it_comes() {
+        let process = process(Phase::Starting);
+        process.close_stdin();
+        process.keep_input(Some(tempfile::tempfile().unwrap()));
+        assert!(lock(&process.io).kept.stdin_writer.is_none());
+        let mut kept = Kept::default();
+        kept.stdin_writer = Some(tempfile::tempfile().unwrap());
+        process.connect(kept, Vec::new());
+        assert!(lock(&process.io).kept.stdin_writer.is_none());
     }
 
     #[tokio::test]

@@ -71,6 +71,27 @@ impl Vm {
         }
     }
 
+    /// A fresh port, for [`Vm::supply`].
+    ///
+    /// # Errors
+    /// When none is left.
+    pub fn reserve(&self) -> Result<(Port, Closed), ControlError> {
+        self.streams.open()
+    }
+
+    /// Connects the guest's next connection to a reserved port with the descriptors.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn supply(
+        &self,
+        port: Port,
+        fds: &[(FdRole, BorrowedFd<'_>)],
+        deadline: Instant,
+    ) -> Result<(), ControlError> {
+        self.request(Command::Expect { port: port.0 }, fds, deadline).await
+    }
+
     /// Connects the guest's next connection to a fresh port with the descriptors.
     ///
     /// # Errors
@@ -80,9 +101,8 @@ impl Vm {
         fds: &[(FdRole, BorrowedFd<'_>)],
         deadline: Instant,
     ) -> Result<(Port, Closed), ControlError> {
-        let (port, closed) = self.streams.open()?;
-        let command = Command::Expect { port: port.0 };
-        if let Err(error) = self.request(command, fds, deadline).await {
+        let (port, closed) = self.reserve()?;
+        if let Err(error) = self.supply(port, fds, deadline).await {
             self.streams.close(port);
             return Err(error);
         }

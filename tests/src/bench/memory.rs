@@ -54,24 +54,28 @@ fn process(program: &str) -> Option<PathBuf> {
         .find(|path| fs::read_link(path.join("exe")).is_ok_and(|exe| exe.to_string_lossy().contains(program)))
 }
 
-/// Adds up `/proc/PID/smaps`. The guest's RAM is the largest anonymous mapping, where that is 32 MiB or more.
+/// Adds up `/proc/PID/smaps`. The VMM names its guest's RAM; pieces of it are the kernel's and the initramfs's files.
 fn parse(smaps: &str) -> Usage {
-    let mut areas: Vec<(f64, f64, f64)> = Vec::new();
+    let (mut usage, mut in_guest) = (Usage::default(), false);
     for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(key), Some(value)) = (words.next(), words.next()) else { continue };
-        let mib = value.parse::<f64>().unwrap_or(0.0) / 1024.0;
-        match (key, areas.last_mut()) {
-            ("Size:", _) => areas.push((mib, 0.0, 0.0)),
-            ("Private_Clean:" | "Private_Dirty:", Some(area)) => area.1 += mib,
-            ("Rss:", Some(area)) => area.2 += mib,
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [key, rest @ ..] = words.as_slice() else { continue };
+        let mib = rest.first().and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0;
+        match *key {
+            "Private_Clean:" | "Private_Dirty:" => {
+                usage.private += mib;
+                usage.guest_private += if in_guest { mib } else { 0.0 };
+            }
+            "Rss:" if in_guest => usage.guest_resident += mib,
+            key if !key.ends_with(':') => in_guest = rest.get(4).is_some_and(|name| is_guest(name)),
             _ => {}
         }
     }
-    let private = areas.iter().map(|area| area.1).sum();
-    let guest = areas.into_iter().filter(|area| area.0 >= 32.0).max_by(|a, b| a.0.total_cmp(&b.0));
-    let (_, guest_private, guest_resident) = guest.unwrap_or_default();
-    Usage { private, guest_private, guest_resident }
+    usage
+}
+
+fn is_guest(name: &str) -> bool {
+    name == "[anon:guest-ram]" || name.ends_with("/vmlinux") || name.ends_with("/initramfs.cpio")
 }
 
 #[cfg(test)]
@@ -80,9 +84,11 @@ mod tests {
 
     #[test]
     fn guest_ram_is_told_apart() {
-        let smaps = "1000-2000 r-xp\nSize: 2048 kB\nRss: 1024 kB\nPrivate_Clean: 512 kB\nPrivate_Dirty: 512 kB\n\
-                     7000-9000 rw-p\nSize: 524288 kB\nRss: 20480 kB\nPrivate_Clean: 0 kB\nPrivate_Dirty: 20480 kB\n";
-        let expected = Usage { private: 21.0, guest_private: 20.0, guest_resident: 20.0 };
+        let smaps = "1000-2000 r-xp 0 00:01 7 /vmm\nSize: 2048 kB\nRss: 1024 kB\nPrivate_Clean: 512 kB\nPrivate_Dirty: 512 kB\n\
+                     7000-9000 rw-p 0 00:00 0 [anon:guest-ram]\nRss: 20480 kB\nPrivate_Dirty: 20480 kB\n\
+                     9000-a000 rw-p 0 00:01 9 /x/vmlinux\nRss: 2048 kB\nPrivate_Dirty: 1024 kB\n\
+                     a000-b000 rw-p 0 00:00 0\nRss: 1024 kB\nPrivate_Dirty: 1024 kB\n";
+        let expected = Usage { private: 23.0, guest_private: 21.0, guest_resident: 22.0 };
         assert_eq!(parse(smaps), expected);
     }
 }
