@@ -76,6 +76,7 @@ async fn build(
     let mount = MountRequest::parse(&request.rootfs)?;
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
 
+    vm.is_rooted(deadline).await?;
     let mut staging = Staging::new(&pod.dir.shared(), &container.id);
     let streams = container.init.streams.clone();
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());

@@ -119,6 +119,7 @@ impl Launcher<'_> {
 
         let control = Arc::new(Control::new(started.control)?);
         let (end_sender, end) = watch::channel(None);
+        let (rooted_sender, rooted) = watch::channel(false);
         let (booted_sender, booted) = watch::channel(false);
         let (gone_sender, gone) = watch::channel(false);
         let streams = Arc::new(Streams::default());
@@ -126,6 +127,7 @@ impl Launcher<'_> {
             control: control.clone(),
             streams: streams.clone(),
             end: end_sender,
+            rooted: rooted_sender,
             booted: booted_sender,
             last_words: Arc::default(),
         };
@@ -153,7 +155,7 @@ impl Launcher<'_> {
         };
         supervisor.run(boot, reaped, gone_sender);
         let agent = AgentConnection::new(agent)?;
-        Ok(Arc::new(Vm { control, streams, agent, pid: started.pid, booted, end, gone }))
+        Ok(Arc::new(Vm { control, streams, agent, pid: started.pid, rooted, booted, end, gone }))
     }
 
     fn make_cgroup(&self, journal: &Journal) -> Result<Vec<File>, LaunchError> {
@@ -181,7 +183,7 @@ struct Boot {
 }
 
 impl Boot {
-    async fn request(self, control: &Control) -> Result<(), ControlError> {
+    async fn request(self, control: &Control, rooted: &watch::Sender<bool>) -> Result<(), ControlError> {
         let deadline = Instant::now() + self.timeout + MARGIN;
         let files = [
             (FdRole::Kvm, self.kvm.as_fd()),
@@ -191,6 +193,11 @@ impl Boot {
         ];
         let agent = [(FdRole::StreamSocket, self.agent.as_fd())];
         let log = self.log.as_ref().map(|writer| [(FdRole::StreamSink, writer.as_fd())]);
+        let configure = async {
+            control.request(Command::Configure(self.configure), &files, deadline).await?;
+            rooted.send_replace(true);
+            Ok(())
+        };
         let expect_log = async {
             match &log {
                 Some(fds) => control.request(Command::Expect { port: LOG_PORT }, fds, deadline).await,
@@ -201,7 +208,7 @@ impl Boot {
         // Polled in this order, so sent in this order, none waiting for the one before.
         let (configured, agent, log, booted) = tokio::join!(
             biased;
-            control.request(Command::Configure(self.configure), &files, deadline),
+            configure,
             control.request(Command::Expect { port: AGENT_PORT }, &agent, deadline),
             expect_log,
             control.request(Command::Boot { deadline_ms }, &[], deadline),
@@ -215,6 +222,7 @@ struct Supervisor {
     control: Arc<Control>,
     streams: Arc<Streams>,
     end: watch::Sender<Option<Arc<End>>>,
+    rooted: watch::Sender<bool>,
     booted: watch::Sender<bool>,
     last_words: Arc<Mutex<String>>,
 }
@@ -226,7 +234,7 @@ impl Supervisor {
         let booter = this.clone();
         tokio::spawn(async move {
             // A VMM that is gone is reported by the other task, which knows why.
-            match boot.request(&control).await {
+            match boot.request(&control, &booter.rooted).await {
                 Ok(()) => {
                     log::debug!("the guest boots");
                     booter.booted.send_replace(true);

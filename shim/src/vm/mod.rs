@@ -41,6 +41,7 @@ pub struct Vm {
     streams: Arc<Streams>,
     agent: AgentConnection,
     pid: u32,
+    rooted: watch::Receiver<bool>,
     booted: watch::Receiver<bool>,
     end: watch::Receiver<Option<Arc<End>>>,
     gone: watch::Receiver<bool>,
@@ -68,6 +69,24 @@ impl Vm {
         match end.wait_for(Option::is_some).await {
             Ok(end) => end.as_ref().map_or_else(|| Arc::new(End::lost()), Arc::clone),
             Err(_) => Arc::new(End::lost()),
+        }
+    }
+
+    /// Waits until the shared directory is the VMM's root. The kernel carries later mounts there, and earlier ones are
+    /// there already; but a mount made while the VMM changes its root, holding a copy that is attached nowhere, is lost.
+    ///
+    /// # Errors
+    /// When the VM ends before, or the deadline comes.
+    pub async fn is_rooted(&self, deadline: Instant) -> Result<(), ControlError> {
+        let mut rooted = self.rooted.clone();
+        tokio::select! {
+            biased;
+            rooted = timeout_at(deadline, rooted.wait_for(|rooted| *rooted)) => match rooted {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(_)) => Err(ControlError::Gone),
+                Err(_) => Err(ControlError::TimedOut),
+            },
+            end = self.ended() => Err(ControlError::Ended(end.sentence())),
         }
     }
 
@@ -210,6 +229,7 @@ impl Vm {
             agent: AgentConnection::new(agent).unwrap(),
             // No process can have it, so nothing can be killed.
             pid: u32::MAX,
+            rooted: always(true),
             booted: always(true),
             end,
             gone: always(false),
