@@ -5,6 +5,10 @@
 //! names as such, never from what a path happens to be. Mounting may wait for a file system, so all of this runs on
 //! a thread of its own, never on the shim's event loop.
 
+mod disk;
+mod host_layers;
+mod layers;
+mod loop_device;
 mod mount;
 mod overlay;
 mod rootfs;
@@ -12,7 +16,9 @@ mod shared;
 mod slots;
 mod staging;
 
-pub use rootfs::{Disk, MountRequest, Rootfs};
+pub use disk::Disk;
+pub use layers::Directory;
+pub use rootfs::{MountRequest, Rootfs, UpperDisk};
 pub use shared::{SharedError, mount_shared};
 pub use slots::{Slot, Slots};
 pub use staging::Staging;
@@ -29,11 +35,20 @@ pub enum StorageError {
          erofs mounts"
     )]
     UnknownType(String),
-    /// More than one mount.
+    /// A template that is not understood.
+    #[error("the mount option or source {0:?} of the root file system is not supported")]
+    Template(String),
+    /// A layer of an overlay that is not one of the mounts before it.
+    #[error("a layer of the root file system is not one of the disks that come with it")]
+    LowerIsNoDisk,
+    /// Upper and work directory that are not on one writable disk.
     #[error(
-        "a root file system put together from {0} mounts is not supported; use a snapshotter that gives one"
+        "upperdir and workdir of the root file system are neither on one writable disk nor both on the host"
     )]
-    SeveralMounts(usize),
+    UpperElsewhere,
+    /// More layers than an overlay can have.
+    #[error("the root file system has {0} layers; 500 are possible")]
+    LayerCount(usize),
     /// An option that is not known.
     #[error("the mount option {0:?} of the root file system is not supported")]
     UnsupportedOption(String),

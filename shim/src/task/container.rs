@@ -41,8 +41,8 @@ pub struct Exec {
 pub struct HostStorage {
     /// Mounts in the shared directory.
     pub staging: Staging,
-    /// Its disk.
-    pub slot: Option<Slot>,
+    /// Its disks.
+    pub slots: Vec<Slot>,
 }
 
 impl Container {

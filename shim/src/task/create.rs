@@ -14,11 +14,12 @@ use super::container::{Container, HostStorage};
 use super::exits;
 use super::pod::Pod;
 use super::process::{Phase, Process};
+use super::rootfs::Plan;
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
 use crate::oci::{Spec, for_guest};
 use crate::stdio::{Opened, Streams};
-use crate::storage::{Disk, MountRequest, Rootfs, Staging};
+use crate::storage::{MountRequest, Staging};
 use crate::timeline::{self, Mark};
 use crate::vm::{Closed, Port, Vm};
 use vmshim_protocol::control::FdRole;
@@ -85,22 +86,17 @@ async fn build(
         (staging, rootfs, opened)
     })
     .await?;
-    let disk = match rootfs {
-        Ok(Rootfs::Shared) => Ok(None),
-        Ok(Rootfs::Disk(disk)) => pod.slots.take().map(|slot| Some((slot, disk))),
-        Err(error) => Err(error),
-    };
     log::debug!("storage and stdio of container {} are ready", container.id);
-    let (slot, disk) = match disk {
-        Ok(disk) => disk.unzip(),
+    let planned = rootfs.and_then(|rootfs| Plan::new(rootfs, &container.id, &pod.slots));
+    let (plan, slots) = match planned {
+        Ok(planned) => planned,
         Err(error) => {
-            container.set_storage(HostStorage { staging, slot: None });
+            container.set_storage(HostStorage { staging, slots: Vec::new() });
             return Err(error.into());
         }
     };
-    let slot_number = slot.as_ref().map(crate::storage::Slot::number);
-    container.set_storage(HostStorage { staging, slot });
-    let rootfs = attach_rootfs(vm, &container.id, slot_number.zip(disk), deadline).await?;
+    container.set_storage(HostStorage { staging, slots });
+    let rootfs = plan.attach(vm, deadline).await?;
 
     let opened = opened.transpose()?.unwrap_or_default();
     let stdio = connect(vm, &container.init, opened, deadline).await?;
@@ -112,30 +108,6 @@ async fn build(
         ..Default::default()
     };
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
-}
-
-async fn attach_rootfs(
-    vm: &Vm,
-    id: &Name,
-    disk: Option<(u8, Disk)>,
-    deadline: Instant,
-) -> Result<api::RootFilesystem, TaskError> {
-    use std::os::fd::AsFd;
-    use vmshim_protocol::agent::root_filesystem::Source;
-    let Some((slot, disk)) = disk else {
-        return Ok(api::RootFilesystem {
-            source: Some(Source::Shared(format!("{id}/rootfs"))),
-            ..Default::default()
-        });
-    };
-    vm.attach_disk(slot, disk.file.as_fd(), disk.read_only, deadline).await?;
-    let disk = api::Disk {
-        slot: slot.into(),
-        filesystem: disk.filesystem.to_owned(),
-        options: disk.options,
-        ..Default::default()
-    };
-    Ok(api::RootFilesystem { source: Some(Source::Disk(disk)), ..Default::default() })
 }
 
 /// Gives the opened streams to the VMM, each on a port of its own, and what is kept to the process.

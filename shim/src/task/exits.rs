@@ -183,11 +183,13 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
     }
 }
 
-/// Takes a container's disk out of the VM and its mounts off the host.
+/// Takes a container's disks out of the VM and its mounts off the host.
 pub async fn remove_storage(pod: &Pod, container: &Container) {
     let Some(storage) = container.take_storage() else { return };
-    if let (Some(slot), Some(vm)) = (&storage.slot, pod.living_vm()) {
-        let _ = vm.detach_disk(slot.number(), Instant::now() + REMOVE_LIMIT).await;
+    if let Some(vm) = pod.living_vm() {
+        for slot in &storage.slots {
+            let _ = vm.detach_disk(slot.number(), Instant::now() + REMOVE_LIMIT).await;
+        }
     }
     let mut staging = storage.staging;
     let removed = tokio::task::spawn_blocking(move || staging.remove()).await;

@@ -13,6 +13,7 @@ mod exec;
 mod exits;
 mod pod;
 mod process;
+mod rootfs;
 mod service;
 mod signal;
 #[cfg(test)]
