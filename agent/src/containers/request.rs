@@ -55,7 +55,7 @@ pub fn root(rootfs: &RootFilesystem) -> Result<Root, Failure> {
         Some(Source::Disk(it)) => Ok(Root::Disk(disk(it))),
         Some(Source::Overlay(overlay)) => Ok(Root::Overlay {
             lowers: overlay.lowers.iter().map(disk).collect(),
-            upper: overlay.upper.as_ref().map(|it| upper(it, overlay)).transpose()?,
+            upper: overlay.upper.as_ref().map(|it| upper(it, overlay).map(Box::new)).transpose()?,
             options: overlay.options.clone(),
         }),
         _ => Err(invalid("rootfs: says neither shared directory nor disk nor overlay")),

@@ -37,7 +37,7 @@ pub fn mount(root: &Root, directory: &Path, shared: &Path) -> Result<PathBuf> {
         }
         Root::Disk(disk) => mount_disk(disk, &goal)?,
         Root::Overlay { lowers, upper, options } => {
-            mount_overlay(lowers, upper.as_ref(), options, directory, &goal)?;
+            mount_overlay(lowers, upper.as_deref(), options, directory, &goal)?;
         }
     }
     Ok(goal)

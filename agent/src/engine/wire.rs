@@ -86,7 +86,7 @@ pub enum Root {
         /// Topmost first.
         lowers: Vec<Disk>,
         /// Where changes go; a tmpfs where absent.
-        upper: Option<Upper>,
+        upper: Option<Box<Upper>>,
         /// The overlay's own, as in mount(8).
         options: Vec<String>,
     },

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::spec::{Device, Mount};
 use super::{Spec, SpecError};
+use crate::hooks::Hooks;
 use crate::ids::Name;
 
 /// A file or directory of the host that the container shall see.
@@ -24,6 +25,15 @@ pub struct HostBind {
     pub no_exec: bool,
 }
 
+/// What the spec asks of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostParts {
+    /// Files and directories.
+    pub binds: Vec<HostBind>,
+    /// Programs.
+    pub hooks: Hooks,
+}
+
 /// Devices whose numbers mean the same in every kernel, so that a node of them is right in the guest too.
 const UNIVERSAL_DEVICES: [(i64, i64); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 229)];
@@ -31,11 +41,11 @@ const UNIVERSAL_DEVICES: [(i64, i64); 10] =
 /// Controllers whose limits name the host's devices, CPUs or network classes.
 const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
 
-/// Rewrites the spec for the guest and says which of the host's files it needs.
+/// Rewrites the spec for the guest and says what it needs of the host.
 ///
 /// # Errors
 /// When the spec asks for what a guest cannot have; the field is named.
-pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<Vec<HostBind>, SpecError> {
+pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts, SpecError> {
     let mut binds = Vec::new();
     for mount in &mut spec.mounts {
         if let Some(bind) = transform_mount(mount, bundle, binds.len()) {
@@ -51,10 +61,8 @@ pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<Vec<HostBi
     spec.process.rest.remove("apparmorProfile");
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
-    if spec.hooks.take().is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty())) {
-        log::warn!("the hooks of container {id} are not run: this runtime does not run hooks yet");
-    }
-    Ok(binds)
+    let hooks = Hooks::take(&mut spec.hooks)?;
+    Ok(HostParts { binds, hooks })
 }
 
 /// Whether the mount needs something of the host; rewrites those that only seem to.
@@ -119,8 +127,8 @@ mod tests {
 
     fn transform(spec: Value) -> Result<(Value, Vec<HostBind>), SpecError> {
         let mut spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
-        let binds = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap())?;
-        Ok((serde_json::to_value(spec).unwrap(), binds))
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap())?;
+        Ok((serde_json::to_value(spec).unwrap(), parts.binds))
     }
 
     fn with_mounts(mounts: Value) -> Value {

@@ -12,12 +12,13 @@ use vmshim_protocol::agent as api;
 use super::TaskError;
 use super::container::{Container, HostStorage};
 use super::exits;
+use super::hooks;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use super::rootfs::Plan;
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{Spec, for_guest};
+use crate::oci::{HostParts, Spec, for_guest};
 use crate::stdio::{Opened, Streams};
 use crate::storage::{MountRequest, Staging};
 use crate::timeline::{self, Mark};
@@ -49,7 +50,11 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
     pod.add(&container)?;
     log::debug!("container {} is asked for", container.id);
     let built = timeout_at(deadline, build(pod, &vm, &container, &request, deadline)).await;
-    if let Err(error) = built.unwrap_or(Err(TaskError::Deadline("creating the container"))) {
+    let built = match built.unwrap_or(Err(TaskError::Deadline("creating the container"))) {
+        Ok(()) => hooks::created(pod, &container, deadline).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = built {
         roll_back(pod, &container).await;
         return Err(error);
     }
@@ -72,7 +77,8 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
-    let binds = for_guest(&mut spec, &container.bundle, &container.id)?;
+    let HostParts { binds, hooks } = for_guest(&mut spec, &container.bundle, &container.id)?;
+    container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;

@@ -11,6 +11,7 @@ use vmshim_protocol::agent as api;
 use super::TaskError;
 use super::container::Container;
 use super::create::forget;
+use super::hooks;
 use super::pod::Pod;
 use super::process::{Exit, Phase, Process};
 use crate::timeline::{self, Mark};
@@ -114,6 +115,7 @@ async fn finish(pod: &Arc<Pod>, container: &Arc<Container>, deadline: Instant) -
         settle(pod, process, deadline).await;
     }
     timeout_at(deadline, container.removed()).await.map_err(too_late)?;
+    hooks::deleted(pod, container, deadline).await;
     Ok(exit)
 }
 

@@ -13,6 +13,7 @@ use super::TaskError;
 use super::container::{Container, Exec};
 use super::create::{blocking, connect, forget};
 use super::exits;
+use super::hooks;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use crate::stdio::Streams;
@@ -100,6 +101,9 @@ pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -
         });
     }
     exits::apply_early_exit(pod, &container, &process);
+    if exec_id.is_empty() {
+        hooks::started(pod, &container, deadline).await?;
+    }
     Ok(pid)
 }
 

@@ -11,6 +11,7 @@ mod delete;
 mod error;
 mod exec;
 mod exits;
+mod hooks;
 mod pod;
 mod process;
 mod rootfs;
