@@ -10,10 +10,13 @@
 mod bad_input;
 mod exec;
 mod fixture;
+mod hooks;
 mod images;
 mod isolation;
 mod kill;
+mod layers;
 mod limits;
+mod restart;
 mod run;
 mod shim;
 mod stdio;

@@ -136,6 +136,25 @@ impl Containerd {
         Ok(())
     }
 
+    /// Kills the daemon and starts it again over what it has left.
+    ///
+    /// # Errors
+    /// When it can't be started or doesn't answer; with the end of its log.
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        self.daemon.kill()?;
+        self.daemon.wait()?;
+        self.daemon = spawn(&self.programs, &self.directory)?;
+        self.wait_until_serving()?;
+        if let Some(mut listener) = self.listener.take() {
+            // It has lost its daemon, and most likely ended by itself.
+            let _ = listener.kill();
+            let _ = listener.wait();
+        }
+        let events = fs::File::options().append(true).open(self.directory.join("events"))?;
+        self.listener = Some(self.ctr(["events"]).stdin(Stdio::null()).stdout(events).spawn()?);
+        Ok(())
+    }
+
     fn wait_until_serving(&self) -> Result<()> {
         // The daemon tells nobody when it is ready, so this is the one place that has to ask again.
         let started = Instant::now();

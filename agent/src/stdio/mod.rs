@@ -14,6 +14,7 @@ mod terminal;
 use crate::failure::{Failure, Kind, describe};
 use crate::link::{Dialer, Stream};
 use nix::fcntl::OFlag;
+use nix::unistd::{Gid, Uid};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vmshim_protocol::agent::Stdio;
@@ -26,6 +27,7 @@ pub struct Streams {
     stdin: Option<Stream>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
+    owner: (Uid, Gid),
 }
 
 /// The process's ends, and what is to be copied once it exists.
@@ -61,16 +63,18 @@ impl Streams {
             one("stdout", stdio.stdout),
             one("stderr", stdio.stderr)
         )?;
-        Ok(Self { stdin, stdout, stderr })
+        let owner = (Uid::from_raw(stdio.uid), Gid::from_raw(stdio.gid));
+        Ok(Self { stdin, stdout, stderr, owner })
     }
 
     /// Makes a pipe for each stream; what has none is the null device.
     pub fn into_pipes(self) -> io::Result<Pipes> {
+        let owner = self.owner;
         let mut outputs = Vec::new();
         let (stdin, ours) = match self.stdin {
             None => (null()?, None),
             Some(stream) => {
-                let (read, write) = new_pipe()?;
+                let (read, write) = new_pipe(owner)?;
                 set_nonblocking(write.as_fd())?;
                 (read, Some((stream, write)))
             }
@@ -78,7 +82,7 @@ impl Streams {
         let mut output = |stream: Option<Stream>| match stream {
             None => null(),
             Some(stream) => {
-                let (read, write) = new_pipe()?;
+                let (read, write) = new_pipe(owner)?;
                 set_nonblocking(read.as_fd())?;
                 outputs.push((read, stream));
                 Ok(write)
@@ -118,8 +122,13 @@ fn null() -> io::Result<OwnedFd> {
     Ok(nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())?)
 }
 
-fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+fn new_pipe((uid, gid): (Uid, Gid)) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    if !uid.is_root() || gid.as_raw() != 0 {
+        // Both ends are of one inode.
+        nix::unistd::fchown(&read, Some(uid), Some(gid))?;
+    }
+    Ok((read, write))
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -19,7 +19,7 @@ use super::rootfs::Plan;
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
 use crate::oci::{HostParts, Spec, for_guest};
-use crate::stdio::{Opened, Streams};
+use crate::stdio::{Opened, Owner, Streams};
 use crate::storage::{MountRequest, Staging};
 use crate::timeline::{self, Mark};
 use crate::vm::{Closed, Port, Vm};
@@ -35,15 +35,14 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
     if !request.checkpoint.is_empty() {
         return Err(TaskError::Unsupported("restoring a checkpoint"));
     }
-    if let Some(options) = request.options.as_ref() {
-        RuntimeOptions::from_any(options)?;
-    }
+    let options = request.options.as_ref().map(RuntimeOptions::from_any).transpose()?.unwrap_or_default();
     let vm = pod.vm()?.clone();
     let streams = Streams {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),
         stderr: request.stderr.clone(),
         terminal: request.terminal,
+        owner: Owner { uid: options.io_uid, gid: options.io_gid },
     };
     let init = Process::new(String::new(), streams, Phase::Creating);
     let container = Arc::new(Container::new(id, PathBuf::from(&request.bundle), init));
@@ -166,6 +165,8 @@ pub async fn connect(
             stdout: numbers[1],
             stderr: numbers[2],
             terminal,
+            uid: process.streams.owner.uid,
+            gid: process.streams.owner.gid,
             ..Default::default()
         }),
     }

@@ -42,6 +42,7 @@ pub fn add(pod: &Pod, request: ExecProcessRequest) -> Result<(), TaskError> {
         stdout: request.stdout,
         stderr: request.stderr,
         terminal: request.terminal,
+        owner: container.init.streams.owner,
     };
     let process = Arc::new(Process::new(request.exec_id.clone(), streams, Phase::Created));
     container.add_exec(Exec { process, spec })?;
