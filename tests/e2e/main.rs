@@ -19,5 +19,6 @@ mod limits;
 mod restart;
 mod run;
 mod shim;
+mod sockets;
 mod stdio;
 mod terminal;

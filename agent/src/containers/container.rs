@@ -7,6 +7,7 @@ use crate::cgroup::{Cgroup, limits, stats};
 use crate::engine::spec::Namespaces;
 use crate::events::Events;
 use crate::failure::{Failure, Kind, describe};
+use crate::sockets::Listeners;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
 use std::collections::{HashMap, hash_map};
@@ -41,6 +42,8 @@ pub struct Container {
     /// Kills by the out-of-memory killer that have been told.
     oom_kills: AtomicU64,
     watcher: OnceLock<AbortHandle>,
+    /// Closed with the container.
+    _listeners: Listeners,
 }
 
 /// What a list of processes has for each.
@@ -59,6 +62,7 @@ impl Container {
         namespaces: Namespaces,
         document: OwnedFd,
         events: Arc<Events>,
+        listeners: Listeners,
     ) -> Self {
         Self {
             id,
@@ -71,6 +75,7 @@ impl Container {
             events,
             oom_kills: AtomicU64::new(0),
             watcher: OnceLock::new(),
+            _listeners: listeners,
         }
     }
 

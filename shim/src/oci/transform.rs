@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use vmshim_protocol::agent::SOCKET_SOURCE;
+
 use super::spec::{Device, Mount};
 use super::{Spec, SpecError};
 use crate::hooks::Hooks;
@@ -30,6 +32,8 @@ pub struct HostBind {
 pub struct HostParts {
     /// Files and directories.
     pub binds: Vec<HostBind>,
+    /// Unix sockets, in the order of their numbers.
+    pub sockets: Vec<PathBuf>,
     /// Programs.
     pub hooks: Hooks,
 }
@@ -37,6 +41,9 @@ pub struct HostParts {
 /// Devices whose numbers mean the same in every kernel, so that a node of them is right in the guest too.
 const UNIVERSAL_DEVICES: [(i64, i64); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 229)];
+
+/// The type of a mount that is a Unix socket of the host.
+const SOCKET: &str = "uds";
 
 /// Controllers whose limits name the host's devices, CPUs or network classes.
 const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
@@ -46,8 +53,15 @@ const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
 /// # Errors
 /// When the spec asks for what a guest cannot have; the field is named.
 pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts, SpecError> {
-    let mut binds = Vec::new();
+    let (mut binds, mut sockets) = (Vec::new(), Vec::new());
     for mount in &mut spec.mounts {
+        if mount.kind == SOCKET {
+            let host = std::mem::replace(&mut mount.source, format!("{SOCKET_SOURCE}{}", sockets.len()));
+            sockets.push(bundle.join(host));
+            mount.kind = "bind".to_owned();
+            mount.options.push("bind".to_owned());
+            continue;
+        }
         if let Some(bind) = transform_mount(mount, bundle, binds.len()) {
             mount.source = format!("vmshim-shared:{id}/mounts/{}", bind.name);
             binds.push(bind);
@@ -62,7 +76,7 @@ pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts,
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
     let hooks = Hooks::take(&mut spec.hooks)?;
-    Ok(HostParts { binds, hooks })
+    Ok(HostParts { binds, sockets, hooks })
 }
 
 /// Whether the mount needs something of the host; rewrites those that only seem to.
@@ -168,6 +182,28 @@ mod tests {
                     no_exec: false
                 },
             ]
+        );
+    }
+
+    #[test]
+    fn sockets_of_the_host_are_numbered() {
+        let mut spec = Spec::parse(
+            with_mounts(json!([
+                { "destination": "/run/a", "type": "uds", "source": "/host/a" },
+                { "destination": "/run/b", "type": "uds", "source": "b", "options": ["ro"] },
+            ]))
+            .to_string()
+            .as_bytes(),
+        )
+        .unwrap();
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap()).unwrap();
+        assert_eq!(parts.sockets, [PathBuf::from("/host/a"), PathBuf::from("/bundle/b")]);
+        assert!(parts.binds.is_empty());
+        let spec = serde_json::to_value(spec).unwrap();
+        assert_eq!(spec["mounts"][1]["source"], "vmshim-socket:1");
+        assert_eq!(
+            (&spec["mounts"][1]["type"], &spec["mounts"][1]["options"]),
+            (&json!("bind"), &json!(["ro", "bind"]))
         );
     }
 

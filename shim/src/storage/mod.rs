@@ -14,6 +14,7 @@ mod overlay;
 mod rootfs;
 mod shared;
 mod slots;
+mod socket;
 mod staging;
 
 pub use disk::Disk;
@@ -21,6 +22,7 @@ pub use layers::Directory;
 pub use rootfs::{MountRequest, Rootfs, UpperDisk};
 pub use shared::{SharedError, mount_shared};
 pub use slots::{Slot, Slots};
+pub use socket::SocketOwner;
 pub use staging::Staging;
 
 use std::io;
@@ -63,6 +65,9 @@ pub enum StorageError {
     /// A disk that is neither a file nor a block device.
     #[error("{} is neither a disk image nor a block device", .0.display())]
     NotADisk(PathBuf),
+    /// Something else than a socket.
+    #[error("the source {} of a uds mount is not a Unix socket", .0.display())]
+    NotASocket(PathBuf),
     /// A source that does not exist.
     #[error("the mount source {} cannot be used: {source}", path.display())]
     Source {

@@ -24,6 +24,7 @@ pub struct Container {
     execs: Mutex<BTreeMap<String, Arc<Exec>>>,
     held_exit: Mutex<Option<Exit>>,
     storage: Mutex<Option<HostStorage>>,
+    sockets: Mutex<Vec<PathBuf>>,
     hooks: Mutex<Option<Hooks>>,
     annotations: Mutex<BTreeMap<String, String>>,
     removed: watch::Sender<bool>,
@@ -58,6 +59,7 @@ impl Container {
             execs: Mutex::default(),
             held_exit: Mutex::default(),
             storage: Mutex::default(),
+            sockets: Mutex::default(),
             hooks: Mutex::default(),
             annotations: Mutex::default(),
             removed: watch::Sender::new(false),
@@ -135,6 +137,16 @@ impl Container {
     /// Takes it away, to give it back to the host.
     pub fn take_storage(&self) -> Option<HostStorage> {
         lock(&self.storage).take()
+    }
+
+    /// Notes which sockets of the host it can reach.
+    pub fn set_sockets(&self, sockets: Vec<PathBuf>) {
+        *lock(&self.sockets) = sockets;
+    }
+
+    /// The socket of that number.
+    pub fn socket(&self, number: usize) -> Option<PathBuf> {
+        lock(&self.sockets).get(number).cloned()
     }
 
     /// Notes what its spec asks to be run on the host, and told there.

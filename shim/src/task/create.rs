@@ -20,7 +20,7 @@ use crate::config::RuntimeOptions;
 use crate::ids::Name;
 use crate::oci::{HostParts, Spec, for_guest};
 use crate::stdio::{Opened, Owner, Streams};
-use crate::storage::{MountRequest, Staging};
+use crate::storage::{MountRequest, SocketOwner, Staging};
 use crate::timeline::{self, Mark};
 use crate::vm::{Closed, Port, Vm};
 use vmshim_protocol::control::FdRole;
@@ -76,7 +76,8 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
-    let HostParts { binds, hooks } = for_guest(&mut spec, &container.bundle, &container.id)?;
+    let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id)?;
+    container.set_sockets(sockets.clone());
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
@@ -86,14 +87,18 @@ async fn build(
     let streams = container.init.streams.clone();
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
     let (staging, rootfs, opened) = blocking("prepare storage", move || {
-        let rootfs = staging.stage(mount, &root, &binds);
+        let owners = sockets.iter().map(|path| SocketOwner::of(path)).collect::<Result<Vec<_>, _>>();
+        let rootfs = owners.and_then(|owners| Ok((staging.stage(mount, &root, &binds)?, owners)));
         let opened = rootfs.is_ok().then(|| streams.open(&namespace, &id));
         (staging, rootfs, opened)
     })
     .await?;
     log::debug!("storage and stdio of container {} are ready", container.id);
-    let planned = rootfs.and_then(|rootfs| Plan::new(rootfs, &container.id, &pod.slots));
-    let (plan, slots) = match planned {
+    let planned = rootfs.and_then(|(rootfs, owners)| {
+        let (plan, slots) = Plan::new(rootfs, &container.id, &pod.slots)?;
+        Ok((plan, slots, owners))
+    });
+    let (plan, slots, owners) = match planned {
         Ok(planned) => planned,
         Err(error) => {
             container.set_storage(HostStorage { staging, slots: Vec::new() });
@@ -110,9 +115,15 @@ async fn build(
         spec,
         rootfs: MessageField::some(rootfs),
         stdio: MessageField::some(stdio),
+        sockets: (0..).zip(owners).map(|(number, owner)| socket(number, owner)).collect(),
         ..Default::default()
     };
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
+}
+
+fn socket(number: u32, owner: SocketOwner) -> api::Socket {
+    let SocketOwner { mode, uid, gid } = owner;
+    api::Socket { number, mode, uid, gid, ..Default::default() }
 }
 
 /// Gives the opened streams to the VMM, each on a port of its own, and what is kept to the process.

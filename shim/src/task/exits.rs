@@ -14,6 +14,7 @@ use vmshim_protocol::agent as api;
 use super::container::Container;
 use super::pod::Pod;
 use super::process::{Ending, Exit, Process};
+use super::sockets;
 use crate::agent_client::AgentError;
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
@@ -69,6 +70,7 @@ async fn receive_reports(pod: &Arc<Pod>, vm: &Arc<Vm>) -> Result<(), AgentError>
                         .publish(&TaskOOM { container_id: container.id.to_string(), ..TaskOOM::default() });
                 }
             }
+            Some(api::event::Event::SocketDialled(dialled)) => sockets::follow(pod, vm, dialled),
             _ => {}
         }
     }

@@ -17,6 +17,7 @@ mod process;
 mod rootfs;
 mod service;
 mod signal;
+mod sockets;
 #[cfg(test)]
 mod tests;
 

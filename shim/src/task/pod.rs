@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::TaskError;
 use super::container::Container;
+use super::sockets::MOST_PENDING;
 use crate::agent_client::AgentError;
 use crate::bootstrap::Serving;
 use crate::cgroup::{Cgroup, InvalidPath};
@@ -82,6 +83,8 @@ pub struct Pod {
     pub journal: Option<Journal>,
     /// Collects the exit statuses of the shim's children.
     pub reaper: Reaper,
+    /// Connections to the host's sockets that are being made.
+    pub pending_sockets: Arc<Semaphore>,
     vm: Result<Arc<Vm>, Arc<BootError>>,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
@@ -113,6 +116,7 @@ impl Pod {
             dir,
             journal,
             reaper: reaper.clone(),
+            pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm,
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
             containers: Mutex::default(),
@@ -250,6 +254,7 @@ impl Pod {
             dir,
             journal: None,
             reaper: Reaper::default(),
+            pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: Ok(vm.clone()),
             request_timeout: Duration::from_secs(5),
             containers: Mutex::default(),
