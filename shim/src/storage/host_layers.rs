@@ -4,17 +4,16 @@
 //! them stays; the overlay holds what it needs of them.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 
 use super::StorageError;
 use super::disk::{self, DiskRequest};
 use super::loop_device::LoopDevice;
-use super::mount::{in_directory, mount};
+use super::mount::{attach, clone_tree, in_directory, mount};
 
 /// Overlay options that take their value from the layers.
 pub struct Changes<'a> {
@@ -66,7 +65,7 @@ fn assemble(
     let data = overlay_options(lowers.len(), changes, options)?;
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     in_directory(target, || mount(Some(Path::new("overlay")), &merged, Some("overlay"), flags, Some(&data)))
-        .and_then(|()| clone_tree(&merged))
+        .and_then(|()| clone_tree(&merged, false))
         .map_err(failed)
 }
 
@@ -97,35 +96,6 @@ fn overlay_options(layers: usize, changes: &Changes<'_>, options: &[String]) -> 
 /// A comma would end the option.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace('\\', "\\\\").replace(',', "\\,")
-}
-
-/// A mount without a place, a copy of the one at `path`.
-fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
-    const CLONE: libc::c_uint = 1;
-    let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
-    let flags = CLONE | libc::O_CLOEXEC.cast_unsigned();
-    // SAFETY: the path is a C string that outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::Error::from(Errno::EBADF))?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
-    const FROM_DESCRIPTOR: libc::c_uint = 4;
-    let target = std::ffi::CString::new(target.as_os_str().as_encoded_bytes())?;
-    // SAFETY: both paths are C strings that outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            target.as_ptr(),
-            FROM_DESCRIPTOR,
-        )
-    };
-    Errno::result(result).map(drop).map_err(Into::into)
 }
 
 #[cfg(test)]

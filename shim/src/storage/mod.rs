@@ -7,6 +7,7 @@
 
 mod disk;
 mod host_layers;
+mod idmap;
 mod layers;
 mod loop_device;
 mod mount;
@@ -18,6 +19,7 @@ mod socket;
 mod staging;
 
 pub use disk::Disk;
+pub use idmap::{IdMap, Mapping};
 pub use layers::Directory;
 pub use rootfs::{MountRequest, Rootfs, UpperDisk};
 pub use shared::{SharedError, mount_shared};
@@ -65,6 +67,14 @@ pub enum StorageError {
     /// A disk that is neither a file nor a block device.
     #[error("{} is neither a disk image nor a block device", .0.display())]
     NotADisk(PathBuf),
+    /// Owners that cannot be mapped.
+    #[error("the owners of {} cannot be mapped (uidMappings, gidMappings): {source}", path.display())]
+    IdMap {
+        /// What is mounted.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Something else than a socket.
     #[error("the source {} of a uds mount is not a Unix socket", .0.display())]
     NotASocket(PathBuf),

@@ -87,8 +87,14 @@ async fn run(
     + 'static,
 ) -> Result<(), TaskError> {
     let reaper = pod.reaper.clone();
+    let expectation = reaper.expect();
     let wait = move |child: &mut Child| reaper.wait(child.id());
-    blocking("run hooks", move || action(deadline.into_std(), &wait)).await?.map_err(TaskError::Hook)
+    let work = move || {
+        let result = action(deadline.into_std(), &wait);
+        drop(expectation);
+        result
+    };
+    blocking("run hooks", work).await?.map_err(TaskError::Hook)
 }
 
 fn state(pod: &Pod, container: &Container, status: &'static str) -> State {
