@@ -49,7 +49,7 @@ fn a_hundred_layers_become_one_root() {
         fs::write(directory.join("added").join(name), name).unwrap();
         directory
     };
-    let (top, middle, low) = (layer("top"), layer("middle"), layer("low"));
+    let [top, _, low] = ["top", "middle", "low"].map(layer);
     fs::write(low.join("gone"), "not to be seen").unwrap();
     let whiteout = Command::new("mknod").arg(top.join("gone")).args(["c", "0", "0"]).status().unwrap();
     assert!(whiteout.success());
