@@ -20,5 +20,6 @@ pub mod log;
 pub mod power;
 pub mod reaper;
 pub mod server;
+pub mod sockets;
 pub mod stdio;
 pub mod sys;

@@ -21,6 +21,9 @@ mod generated {
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
+/// The source of a bind mount in a spec for the agent, followed by the number of a socket of the same request.
+pub const SOCKET_SOURCE: &str = "vmshim-socket:";
+
 /// The path of a namespace in a spec for the agent, followed by the id of the container in the same guest whose
 /// namespace is joined.
 pub const CONTAINER_NAMESPACE: &str = "vmshim-container:";

@@ -9,6 +9,7 @@ mod bootstrap;
 mod cgroup;
 mod config;
 mod events;
+mod hooks;
 mod ids;
 mod logging;
 mod oci;

@@ -10,11 +10,15 @@
 mod bad_input;
 mod exec;
 mod fixture;
+mod hooks;
 mod images;
 mod isolation;
 mod kill;
+mod layers;
 mod limits;
+mod restart;
 mod run;
 mod shim;
+mod sockets;
 mod stdio;
 mod terminal;

@@ -77,7 +77,11 @@ fn a_read_only_host_directory_refuses_writes() {
 fn every_snapshotter_gives_a_writable_rootfs() {
     let host = host();
     let archive = crate::fixture::directory("VMSHIM_TEST_IMAGES").join("busybox.tar");
-    for snapshotter in ["overlayfs", "native", "blockfile"] {
+    let mut snapshotters = vec!["overlayfs", "native", "blockfile"];
+    if host.is_version_2().unwrap() {
+        snapshotters.push("erofs");
+    }
+    for snapshotter in snapshotters {
         host.import(&archive, snapshotter).unwrap();
         let options = ["--snapshotter", snapshotter];
         let text = succeeded(&host.sh(&options, "echo kept > /file && cat /file && grep ' / ' /proc/mounts"));

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, Mount, ShutdownRequest, StateRequest};
+use containerd_shim_protos::api::{
+    CreateTaskRequest, DeleteRequest, Mount, ShutdownRequest, StartRequest, StateRequest, WaitRequest,
+};
 use containerd_shim_protos::shim_sync::TaskClient;
 use serde_json::Value;
 use ttrpc::context::{self, Context};
@@ -86,6 +88,24 @@ impl Direct {
             ..Default::default()
         };
         Ok(self.client.create(minute(), &request)?.pid)
+    }
+
+    /// A whole life of the container, its output to an address; the exit status.
+    pub fn run(&self, rootfs: Vec<Mount>, stdout: &str) -> Result<u32, ttrpc::Error> {
+        let id = self.id.clone();
+        let request = CreateTaskRequest {
+            id: id.clone(),
+            bundle: self.bundle.path().to_str().unwrap().to_owned(),
+            rootfs,
+            stdout: stdout.to_owned(),
+            stderr: stdout.to_owned(),
+            ..Default::default()
+        };
+        self.client.create(minute(), &request)?;
+        self.client.start(minute(), &StartRequest { id: id.clone(), ..Default::default() })?;
+        let exit = self.client.wait(minute(), &WaitRequest { id: id.clone(), ..Default::default() })?;
+        self.client.delete(minute(), &DeleteRequest { id, ..Default::default() })?;
+        Ok(exit.exit_status)
     }
 
     /// The calls with which containerd follows a Create that failed, and the end of the shim.

@@ -42,7 +42,7 @@ impl Containerd {
         if !scratch.exists() {
             image::make_ext4(&scratch, 64 << 20)?;
         }
-        fs::write(directory.join("config.toml"), configuration(directory))?;
+        fs::write(directory.join("config.toml"), configuration(directory, is_version_2(programs)?))?;
         let daemon = spawn(programs, directory)?;
         let (directory, programs) = (directory.to_owned(), programs.to_owned());
         let mut this = Self { directory, programs, daemon, listener: None };
@@ -130,10 +130,37 @@ impl Containerd {
     pub fn import(&self, archive: &Path, snapshotter: &str) -> Result<()> {
         let archive = archive.to_str().context("the archive's path is not UTF-8")?;
         // Since 2.0 the daemon's transfer service imports, which unpacks for its default snapshotter only.
-        let local = if is_version_2(&self.programs)? { &["--local"][..] } else { &[] };
+        let local = if self.is_version_2()? { &["--local"][..] } else { &[] };
         let words = ["image", "import", "--snapshotter", snapshotter];
         self.ctr_ok(words.iter().chain(local).chain(&[archive]))?;
         Ok(())
+    }
+
+    /// Kills the daemon and starts it again over what it has left.
+    ///
+    /// # Errors
+    /// When it can't be started or doesn't answer; with the end of its log.
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        self.daemon.kill()?;
+        self.daemon.wait()?;
+        self.daemon = spawn(&self.programs, &self.directory)?;
+        self.wait_until_serving()?;
+        if let Some(mut listener) = self.listener.take() {
+            // It has lost its daemon, and most likely ended by itself.
+            let _ = listener.kill();
+            let _ = listener.wait();
+        }
+        let events = fs::File::options().append(true).open(self.directory.join("events"))?;
+        self.listener = Some(self.ctr(["events"]).stdin(Stdio::null()).stdout(events).spawn()?);
+        Ok(())
+    }
+
+    /// Whether the daemon is of a series after 1.7.
+    ///
+    /// # Errors
+    /// When its program can't be run.
+    pub fn is_version_2(&self) -> Result<bool> {
+        is_version_2(&self.programs)
     }
 
     fn wait_until_serving(&self) -> Result<()> {
@@ -189,7 +216,10 @@ fn is_version_2(programs: &Path) -> Result<bool> {
     Ok(major.parse::<u32>().with_context(|| format!("containerd's version is {version}"))? >= 2)
 }
 
-fn configuration(directory: &Path) -> String {
+fn configuration(directory: &Path, is_version_2: bool) -> String {
+    // What makes erofs layers; a containerd before 2 refuses the setting.
+    let erofs = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
+    let differ = if is_version_2 { erofs } else { "" };
     let directory = directory.display();
     format!(
         r#"version = 2
@@ -204,7 +234,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   scratch_file = "{directory}/blockfile/scratch.ext4"
   fs_type = "ext4"
   mount_options = []
-"#
+{differ}"#
     )
 }
 

@@ -8,6 +8,7 @@ use crate::engine::spec::Namespaces;
 use crate::events::Events;
 use crate::failure::{Failure, Kind, describe};
 use crate::link::Dialer;
+use crate::sockets::Listeners;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
 use std::collections::{HashMap, hash_map};
@@ -42,6 +43,8 @@ pub struct Container {
     /// Kills by the out-of-memory killer that have been told.
     oom_kills: AtomicU64,
     watcher: OnceLock<AbortHandle>,
+    /// Closed with the container.
+    _listeners: Listeners,
 }
 
 /// What a list of processes has for each.
@@ -60,6 +63,7 @@ impl Container {
         namespaces: Namespaces,
         document: OwnedFd,
         events: Arc<Events>,
+        listeners: Listeners,
     ) -> Self {
         Self {
             id,
@@ -72,6 +76,7 @@ impl Container {
             events,
             oom_kills: AtomicU64::new(0),
             watcher: OnceLock::new(),
+            _listeners: listeners,
         }
     }
 

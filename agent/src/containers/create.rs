@@ -70,6 +70,7 @@ impl Containers {
         };
         let directory = self.directory(id);
         fs::create_dir(&directory).map_err(|error| internal("make the container's directory", &error))?;
+        let listeners = self.sockets.listen(id, &directory, &request.sockets)?;
         let document =
             Document::write(&plan, &request.spec).map_err(|error| internal("write the plan", &error))?;
         let container = Arc::new(Container::new(
@@ -78,6 +79,7 @@ impl Containers {
             namespaces,
             document,
             self.events.clone(),
+            listeners,
         ));
         let donors: Vec<BorrowedFd<'_>> =
             donors.iter().filter_map(|donor| donor.first.pidfd()).map(AsFd::as_fd).collect();

@@ -20,6 +20,7 @@ mod request;
 mod teardown;
 
 pub use container::Container;
+pub use making::internal;
 pub use process::{Process, Stage};
 pub use request::size as request_size;
 
@@ -27,6 +28,7 @@ use crate::events::Events;
 use crate::failure::{Failure, Kind};
 use crate::link::Dialer;
 use crate::reaper::Reaper;
+use crate::sockets::Sockets;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,6 +52,7 @@ pub struct Containers {
     reaper: Arc<Reaper>,
     events: Arc<Events>,
     dialer: Box<dyn Dialer>,
+    sockets: Arc<Sockets>,
     table: Mutex<HashMap<String, Entry>>,
 }
 
@@ -62,7 +65,8 @@ enum Entry {
 impl Containers {
     /// An empty table.
     pub fn new(places: Places, reaper: Arc<Reaper>, events: Arc<Events>, dialer: Box<dyn Dialer>) -> Self {
-        Self { places, reaper, events, dialer, table: Mutex::default() }
+        let sockets = Arc::new(Sockets::new(events.clone()));
+        Self { places, reaper, events, dialer, sockets, table: Mutex::default() }
     }
 
     /// The container of this id.
@@ -80,6 +84,12 @@ impl Containers {
     /// What has happened in the guest.
     pub fn events(&self) -> &Events {
         &self.events
+    }
+
+    /// Joins a connection to one of a container's sockets to the host's.
+    pub async fn connect_socket(&self, connection: u64, port: u32) -> Result<(), Failure> {
+        let joined = self.sockets.connect(connection, port, &*self.dialer).await;
+        joined.map_err(|error| internal("reach the host's socket", &error))
     }
 
     /// Forgets an exited or unstarted exec, or removes a container with all that is its own.

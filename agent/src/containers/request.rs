@@ -1,7 +1,7 @@
 //! The shim's requests in the engine's words: the one place where protobuf becomes our own types.
 
 use crate::engine::spec::Namespaces;
-use crate::engine::wire::{Disk, Root, Size};
+use crate::engine::wire::{Directory, Disk, Part, Root, Size, Upper};
 use crate::failure::{Failure, Kind};
 use oci_spec::runtime::LinuxNamespaceType;
 use serde::Deserialize;
@@ -53,22 +53,11 @@ pub fn root(rootfs: &RootFilesystem) -> Result<Root, Failure> {
     match &rootfs.source {
         Some(Source::Shared(path)) => Ok(Root::Shared(relative("rootfs.shared", path)?)),
         Some(Source::Disk(it)) => Ok(Root::Disk(disk(it))),
-        Some(Source::Overlay(overlay)) => {
-            let upper = match overlay.upper.as_ref() {
-                None => None,
-                Some(upper) => {
-                    let path = relative("rootfs.overlay.upper_path", &overlay.upper_path)?;
-                    let work = relative("rootfs.overlay.work_path", &overlay.work_path)?;
-                    if path.as_os_str().is_empty() || work.as_os_str().is_empty() || path == work {
-                        return Err(invalid(
-                            "rootfs.overlay: upper and work must be two directories of the disk",
-                        ));
-                    }
-                    Some((disk(upper), path, work))
-                }
-            };
-            Ok(Root::Overlay { lowers: overlay.lowers.iter().map(disk).collect(), upper })
-        }
+        Some(Source::Overlay(overlay)) => Ok(Root::Overlay {
+            lowers: overlay.lowers.iter().map(disk).collect(),
+            upper: overlay.upper.as_ref().map(|it| upper(it, overlay).map(Box::new)).transpose()?,
+            options: overlay.options.clone(),
+        }),
         _ => Err(invalid("rootfs: says neither shared directory nor disk nor overlay")),
     }
 }
@@ -87,7 +76,30 @@ pub fn size(width: u32, height: u32) -> Result<Size, Failure> {
 }
 
 fn disk(disk: &proto::Disk) -> Disk {
-    Disk { slot: disk.slot, filesystem: disk.filesystem.clone(), options: disk.options.clone() }
+    let part = |part: &proto::DiskPart| Part { first_sector: part.first_sector, sectors: part.sectors };
+    Disk {
+        slot: disk.slot,
+        filesystem: disk.filesystem.clone(),
+        options: disk.options.clone(),
+        part: disk.part.as_ref().map(part),
+    }
+}
+
+fn upper(on: &proto::Disk, overlay: &proto::Overlay) -> Result<Upper, Failure> {
+    let upper = relative("rootfs.overlay.upper_path", &overlay.upper_path)?;
+    let work = relative("rootfs.overlay.work_path", &overlay.work_path)?;
+    if upper.as_os_str().is_empty() || work.as_os_str().is_empty() || upper == work {
+        return Err(invalid("rootfs.overlay: upper and work must be two directories of the disk"));
+    }
+    let directory = |it: &proto::Directory| {
+        let path = relative("rootfs.overlay.directories", &it.path)?;
+        if path.as_os_str().is_empty() || it.mode & !0o7777 != 0 {
+            return Err(invalid("rootfs.overlay.directories: needs a path and permission bits"));
+        }
+        Ok(Directory { path, mode: it.mode, uid: it.uid, gid: it.gid })
+    };
+    let directories = overlay.directories.iter().map(directory).collect::<Result<_, _>>()?;
+    Ok(Upper { disk: disk(on), upper, work, directories })
 }
 
 /// A path that stays below where it begins. Links on the way are the opener's business.
@@ -120,6 +132,27 @@ mod tests {
         let (namespaces, joined) = namespaces(spec).unwrap();
         assert_eq!(namespaces.joined, libc::CLONE_NEWIPC);
         assert_eq!(joined, [(libc::CLONE_NEWIPC, "pod".to_owned())]);
+    }
+
+    #[test]
+    fn an_overlays_directories_stay_on_their_disk() {
+        let overlay = |path: &str, mode| proto::Overlay {
+            upper: Some(proto::Disk::default()).into(),
+            upper_path: "/upper".to_owned(),
+            work_path: "work".to_owned(),
+            directories: vec![proto::Directory { path: path.to_owned(), mode, ..Default::default() }],
+            ..Default::default()
+        };
+        let parse = |overlay: proto::Overlay| {
+            root(&RootFilesystem { source: Some(Source::Overlay(overlay)), ..Default::default() })
+        };
+        let Ok(Root::Overlay { upper: Some(upper), .. }) = parse(overlay("/upper", 0o755)) else {
+            panic!("an overlay")
+        };
+        assert_eq!((upper.upper, upper.directories[0].mode), (PathBuf::from("upper"), 0o755));
+        for (path, mode) in [("../x", 0o755), ("/", 0o755), ("/x", 0o10755)] {
+            assert!(parse(overlay(path, mode)).is_err(), "{path} {mode:o}");
+        }
     }
 
     #[test]

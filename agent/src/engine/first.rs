@@ -27,6 +27,7 @@ struct Container<'a> {
     process: &'a Process,
     namespaces: Namespaces,
     root: PathBuf,
+    directory: &'a Path,
 }
 
 /// The engine's side: everything that is done from outside of the container.
@@ -56,7 +57,7 @@ pub fn make(
     }
     make_time_namespace(linux, namespaces)?;
 
-    let container = Container { plan, spec, linux, process, namespaces, root };
+    let container = Container { plan, spec, linux, process, namespaces, root, directory };
     let (ours, theirs) = signal_pair()?;
     // The cgroup namespace's root is the cgroup its maker is in, so the new process makes it once it is there; the time
     // namespace is made already.
@@ -129,6 +130,7 @@ impl Container<'_> {
         self.set_sysctls()?;
         let around = mounts::Surroundings {
             shared: &self.plan.shared,
+            directory: self.directory,
             cgroup: &self.plan.cgroup,
             cgroup_namespace: self.namespaces.has(libc::CLONE_NEWCGROUP),
             user_namespace: self.namespaces.has(libc::CLONE_NEWUSER),

@@ -18,6 +18,7 @@ pub mod error;
 mod first;
 mod hooks;
 mod idmap;
+mod partition;
 pub mod process;
 pub mod rootfs;
 mod seccomp;

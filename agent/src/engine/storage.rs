@@ -4,10 +4,11 @@
 //! sends no uevent for a change from zero), so the log is what is waited on; what counts is the size then read.
 
 use super::error::{Context, Error, Result};
+use super::partition::{self, Device, FIRST_PART};
 use super::rootfs::mounts::{open_location, open_shared};
 use super::rootfs::options::MountOptions;
 use super::rootfs::tree::Tree;
-use super::wire::{Disk, Root};
+use super::wire::{Directory, Disk, Root, Upper};
 use crate::sys::mountfd::{self, FsContext};
 use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,7 +36,9 @@ pub fn mount(root: &Root, directory: &Path, shared: &Path) -> Result<PathBuf> {
             bind(&source, &goal)?;
         }
         Root::Disk(disk) => mount_disk(disk, &goal)?,
-        Root::Overlay { lowers, upper } => mount_overlay(lowers, upper.as_ref(), directory, &goal)?,
+        Root::Overlay { lowers, upper, options } => {
+            mount_overlay(lowers, upper.as_deref(), options, directory, &goal)?;
+        }
     }
     Ok(goal)
 }
@@ -54,6 +57,15 @@ fn attach(mount: &OwnedFd, goal: &Path) -> Result<()> {
 }
 
 fn mount_disk(disk: &Disk, goal: &Path) -> Result<()> {
+    let device = partition::clear(&wait_for(disk.slot)?)?;
+    match disk.part {
+        None => mount_device(disk, device.path(), goal),
+        Some(part) => mount_device(disk, &device.add(FIRST_PART, part)?, goal),
+    }
+}
+
+/// Mounts the file system that a device holds.
+fn mount_device(disk: &Disk, device: &Path, goal: &Path) -> Result<()> {
     let shown = format!("the disk in slot {}", disk.slot);
     if !matches!(disk.filesystem.as_str(), "ext4" | "erofs") {
         return Err(Error::unsupported(
@@ -65,32 +77,21 @@ fn mount_disk(disk: &Disk, goal: &Path) -> Result<()> {
     if options.bind.is_some() || options.id_map.is_some() || options.copy_up {
         return Err(Error::invalid(shown, "has an option that means nothing for a disk"));
     }
-    let device = wait_for(disk.slot)?;
     let doing = || format!("mount {shown} as {}", disk.filesystem);
     let context = FsContext::open(&disk.filesystem).doing(doing)?;
     context.set_string("source", &device.to_string_lossy()).doing(doing)?;
     if options.read_only() {
         context.set_flag("ro").doing(doing)?;
     }
-    for (key, value) in &options.data {
-        match value {
-            Some(value) => context.set_string(key, value),
-            None => context.set_flag(key),
-        }
-        .map_err(|error| {
-            Error::invalid(
-                format!("{shown} option \"{key}\""),
-                context.complaint().unwrap_or(error.to_string()),
-            )
-        })?;
-    }
+    set_data(&context, &options, &shown)?;
     let mount = context.mount(options.attributes.set).doing(doing)?;
     attach(&mount, goal)
 }
 
 fn mount_overlay(
     lowers: &[Disk],
-    upper: Option<&(Disk, PathBuf, PathBuf)>,
+    upper: Option<&Upper>,
+    options: &[String],
     directory: &Path,
     goal: &Path,
 ) -> Result<()> {
@@ -100,50 +101,101 @@ fn mount_overlay(
             format!("has {} layers; 1 to {MOST_LAYERS} work", lowers.len()),
         ));
     }
-    let mut places = Vec::with_capacity(lowers.len());
-    for (number, lower) in lowers.iter().enumerate() {
-        let place = directory.join(LOWER).join(number.to_string());
-        mount_disk(lower, &place)?;
-        places.push(place);
-    }
+    let options = MountOptions::parse(options, "rootfs.overlay")?;
+    let places = mount_lowers(lowers, &directory.join(LOWER))?;
     let place = directory.join(UPPER);
     let (upper, work) = match upper {
-        Some((disk, upper, work)) => {
-            mount_disk(disk, &place)?;
-            (inside(&place, upper)?, inside(&place, work)?)
+        Some(upper) => {
+            mount_disk(&upper.disk, &place)?;
+            let tree = Tree::new(open_location(&place).doing(|| "open the writable disk")?);
+            upper.directories.iter().try_for_each(|directory| make(&tree, directory))?;
+            (inside(&tree, &upper.upper)?, inside(&tree, &upper.work)?)
         }
         None => {
             let doing = || "make room for changes to the root file system";
             let context = FsContext::open("tmpfs").doing(doing)?;
             context.set_string("mode", "0755").doing(doing)?;
             attach(&context.mount(0).doing(doing)?, &place)?;
-            (inside(&place, Path::new("fs"))?, inside(&place, Path::new("work"))?)
+            let tree = Tree::new(open_location(&place).doing(doing)?);
+            (inside(&tree, Path::new("fs"))?, inside(&tree, Path::new("work"))?)
         }
     };
-    let overlay =
-        stack(&places, &upper, &work).doing(|| "put the layers of the root file system together")?;
+    let overlay = stack(&places, &upper, &work, &options)?;
     attach(&overlay, goal)
 }
 
+/// Mounts each layer below `directory`, the parts of one device in the order they come.
+fn mount_lowers(lowers: &[Disk], directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut places = Vec::with_capacity(lowers.len());
+    let mut devices: Vec<(u32, Device, u32)> = Vec::new();
+    for (number, lower) in lowers.iter().enumerate() {
+        let place = directory.join(number.to_string());
+        match lower.part {
+            None => mount_disk(lower, &place)?,
+            Some(part) => {
+                if devices.last().is_none_or(|(slot, ..)| *slot != lower.slot) {
+                    devices.push((lower.slot, partition::clear(&wait_for(lower.slot)?)?, FIRST_PART));
+                }
+                let Some((_, device, next)) = devices.last_mut() else { continue };
+                mount_device(lower, &device.add(*next, part)?, &place)?;
+                *next += 1;
+            }
+        }
+        places.push(place);
+    }
+    Ok(places)
+}
+
 /// An overlay of directories, the topmost first.
-fn stack(lowers: &[PathBuf], upper: &OwnedFd, work: &OwnedFd) -> std::io::Result<OwnedFd> {
-    let context = FsContext::open("overlay")?;
-    context.set_string("source", "overlay")?;
+fn stack(lowers: &[PathBuf], upper: &OwnedFd, work: &OwnedFd, options: &MountOptions) -> Result<OwnedFd> {
+    let doing = || "put the layers of the root file system together";
+    let context = FsContext::open("overlay").doing(doing)?;
+    context.set_string("source", "overlay").doing(doing)?;
     for lower in lowers {
-        context.set_string("lowerdir+", &lower.to_string_lossy())?;
+        context.set_string("lowerdir+", &lower.to_string_lossy()).doing(doing)?;
     }
     // By descriptor, so that nothing in the disk decides where these paths lead.
     for (key, fd) in [("upperdir", upper), ("workdir", work)] {
-        context.set_string(key, &format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        context.set_string(key, &format!("/proc/self/fd/{}", fd.as_raw_fd())).doing(doing)?;
     }
-    context.mount(0)
+    set_data(&context, options, "rootfs.overlay")?;
+    context.mount(options.attributes.set).doing(doing)
+}
+
+/// The options that are for the file system itself.
+fn set_data(context: &FsContext, options: &MountOptions, field: &str) -> Result<()> {
+    for (key, value) in &options.data {
+        match value {
+            Some(value) => context.set_string(key, value),
+            None => context.set_flag(key),
+        }
+        .map_err(|error| {
+            Error::invalid(
+                format!("{field} option \"{key}\""),
+                context.complaint().unwrap_or(error.to_string()),
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// Makes a directory of a disk, with the owner and mode that it shall have if it is not there yet.
+fn make(tree: &Tree, directory: &Directory) -> Result<()> {
+    let doing = || format!("make {} on the writable disk", directory.path.display());
+    if tree.open(&directory.path).is_ok() {
+        return Ok(());
+    }
+    let made = tree.directory(&directory.path).doing(doing)?;
+    // Through /proc, since a descriptor of a mere location cannot be changed itself.
+    let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+    std::os::unix::fs::chown(&path, Some(directory.uid), Some(directory.gid)).doing(doing)?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(directory.mode);
+    fs::set_permissions(&path, mode).doing(doing)
 }
 
 /// A directory in a disk's own tree, made where missing.
-fn inside(place: &Path, path: &Path) -> Result<OwnedFd> {
-    let doing = || format!("make {} of the root file system", path.display());
-    let tree = Tree::new(open_location(place).doing(doing)?);
-    tree.directory(path).doing(doing)
+fn inside(tree: &Tree, path: &Path) -> Result<OwnedFd> {
+    tree.directory(path).doing(|| format!("make {} of the root file system", path.display()))
 }
 
 /// The device with the slot's serial number, once it has a size.
@@ -189,6 +241,7 @@ fn find(block: &Path, slot: u32) -> std::io::Result<Option<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn a_slot_is_found_by_its_serial_number() {
@@ -222,13 +275,16 @@ mod tests {
                 fs::write(layer.join(name.to_string()), file).unwrap();
             }
         }
+        let tree = Tree::new(open_location(&base).unwrap());
+        let directory = Directory { path: "x/fs".into(), mode: 0o750, uid: 3, gid: 4 };
+        make(&tree, &directory).unwrap();
+        make(&tree, &Directory { mode: 0o700, ..directory }).unwrap();
+        let made = fs::metadata(base.join("x/fs")).unwrap();
+        assert_eq!((made.mode() & 0o7777, made.uid(), made.gid()), (0o750, 3, 4));
         let (upper, work) =
-            (inside(&base, Path::new("x/fs")).unwrap(), inside(&base, Path::new("x/work")).unwrap());
-        let overlay = match stack(&layers, &upper, &work) {
-            // Older kernels take layers in another way; the guest's is not one of them.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
-            other => other.unwrap(),
-        };
+            (inside(&tree, Path::new("x/fs")).unwrap(), inside(&tree, Path::new("x/work")).unwrap());
+        // Older kernels take layers in another way; the guest's is not one of them.
+        let Ok(overlay) = stack(&layers, &upper, &work, &MountOptions::default()) else { return };
         let view = PathBuf::from(format!("/proc/self/fd/{}", overlay.as_raw_fd()));
         for (name, from) in [("a", "a"), ("b", "ab"), ("c", "abc")] {
             assert_eq!(fs::read_to_string(view.join(name)).unwrap(), from);

@@ -85,8 +85,10 @@ pub enum Root {
     Overlay {
         /// Topmost first.
         lowers: Vec<Disk>,
-        /// The writable disk with the paths of its upper and work directories; a tmpfs where absent.
-        upper: Option<(Disk, PathBuf, PathBuf)>,
+        /// Where changes go; a tmpfs where absent.
+        upper: Option<Box<Upper>>,
+        /// The overlay's own, as in mount(8).
+        options: Vec<String>,
     },
 }
 
@@ -99,6 +101,43 @@ pub struct Disk {
     pub filesystem: String,
     /// As in mount(8).
     pub options: Vec<String>,
+    /// Where on the device it lies; all of it where absent.
+    pub part: Option<Part>,
+}
+
+/// A part of a device, in sectors of 512 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Where it begins.
+    pub first_sector: u64,
+    /// How long it is.
+    pub sectors: u64,
+}
+
+/// The writable disk of an overlay.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Upper {
+    /// The disk.
+    pub disk: Disk,
+    /// The upper directory on it.
+    pub upper: PathBuf,
+    /// The work directory on it.
+    pub work: PathBuf,
+    /// To be made before, in this order, where they are missing.
+    pub directories: Vec<Directory>,
+}
+
+/// A directory to be made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Directory {
+    /// Where, below the root of its disk.
+    pub path: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
 }
 
 /// What an engine process, or the process it has made, tells the agent.

@@ -1,7 +1,7 @@
 //! What has happened in the guest, kept until the shim has been told.
 //!
-//! Every process has at most one exit in the queue and every container at most one unsaid out-of-memory, so the queue
-//! is bounded by what exists. An event leaves the queue only when it has been written to a stream; a newer stream takes
+//! Every process has at most one exit in the queue, every container at most one unsaid out-of-memory and every open
+//! connection one dial, so the queue is bounded by what exists. An event leaves the queue only when it has been written to a stream; a newer stream takes
 //! over from an older one.
 
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use vmshim_protocol::agent::event;
-use vmshim_protocol::agent::{Event, OutOfMemory, ProcessExited};
+use vmshim_protocol::agent::{Event, OutOfMemory, ProcessExited, SocketDialled};
 
 /// The queue.
 #[derive(Default)]
@@ -47,6 +47,13 @@ impl Events {
             let oom = OutOfMemory { container_id: container_id.to_owned(), ..Default::default() };
             self.push(event::Event::OutOfMemory(oom));
         }
+    }
+
+    /// Somebody in a container has connected to one of its sockets.
+    pub fn socket_dialled(&self, container_id: &str, number: u32, connection: u64) {
+        let dialled =
+            SocketDialled { container_id: container_id.to_owned(), number, connection, ..Default::default() };
+        self.push(event::Event::SocketDialled(dialled));
     }
 
     /// Hands each event to `send`, oldest first, until that fails or another listener comes.

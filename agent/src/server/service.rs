@@ -9,9 +9,9 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess,
-    ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SignalProcessRequest,
-    StatsResponse, UpdateContainerRequest,
+    Agent, ConnectSocketRequest, ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest,
+    GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest,
+    SignalProcessRequest, StatsResponse, UpdateContainerRequest,
 };
 
 /// The service.
@@ -139,6 +139,11 @@ impl Agent for Service {
 
     async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
         self.containers.get(&request.container_id)?.freeze(false).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_socket(&self, _: &TtrpcContext, request: ConnectSocketRequest) -> ttrpc::Result<Empty> {
+        self.containers.connect_socket(request.connection, request.port).await?;
         Ok(Empty::new())
     }
 

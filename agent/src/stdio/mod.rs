@@ -14,6 +14,7 @@ mod terminal;
 use crate::failure::{Failure, Kind, describe};
 use crate::link::{Dialer, Stream};
 use nix::fcntl::OFlag;
+use nix::unistd::{Gid, Uid};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vmshim_protocol::agent::Stdio;
@@ -26,6 +27,7 @@ pub struct Streams {
     stdin: Option<u32>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
+    owner: (Uid, Gid),
 }
 
 /// The process's ends, and what is to be copied once it exists.
@@ -72,16 +74,18 @@ impl Streams {
         };
         let (stdout, stderr) =
             tokio::try_join!(output("stdout", stdio.stdout), output("stderr", stdio.stderr))?;
-        Ok(Self { stdin: Some(stdio.stdin).filter(|&port| port != 0), stdout, stderr })
+        let stdin = Some(stdio.stdin).filter(|&port| port != 0);
+        Ok(Self { stdin, stdout, stderr, owner: (Uid::from_raw(stdio.uid), Gid::from_raw(stdio.gid)) })
     }
 
     /// Makes a pipe for each stream; what has none is the null device.
     pub fn into_pipes(self) -> io::Result<Pipes> {
+        let owner = self.owner;
         let mut outputs = Vec::new();
         let (stdin, input) = match self.stdin {
             None => (null()?, None),
             Some(port) => {
-                let (read, pipe) = new_pipe()?;
+                let (read, pipe) = new_pipe(owner)?;
                 set_nonblocking(pipe.as_fd())?;
                 (read, Some(Input { port, pipe }))
             }
@@ -89,7 +93,7 @@ impl Streams {
         let mut output = |stream: Option<Stream>| match stream {
             None => null(),
             Some(stream) => {
-                let (read, write) = new_pipe()?;
+                let (read, write) = new_pipe(owner)?;
                 set_nonblocking(read.as_fd())?;
                 outputs.push((read, stream));
                 Ok(write)
@@ -127,8 +131,13 @@ fn null() -> io::Result<OwnedFd> {
     Ok(nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())?)
 }
 
-fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+fn new_pipe((uid, gid): (Uid, Gid)) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    if !uid.is_root() || gid.as_raw() != 0 {
+        // Both ends are of one inode.
+        nix::unistd::fchown(&read, Some(uid), Some(gid))?;
+    }
+    Ok((read, write))
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -110,7 +110,8 @@ mod tests {
     }
 
     fn pipe() -> (File, File) {
-        let (read, write) = super::super::new_pipe().unwrap();
+        let (read, write) =
+            super::super::new_pipe((nix::unistd::Uid::from_raw(3), nix::unistd::Gid::from_raw(4))).unwrap();
         (read.into(), write.into())
     }
 

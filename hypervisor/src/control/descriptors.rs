@@ -51,9 +51,12 @@ impl Descriptors {
     pub fn take_streams(&mut self) -> Vec<(FdRole, OwnedFd)> {
         let is_stream =
             |role| matches!(role, FdRole::StreamSocket | FdRole::StreamSource | FdRole::StreamSink);
-        let (streams, rest) = std::mem::take(&mut self.0).into_iter().partition(|(role, _)| is_stream(*role));
-        self.0 = rest;
-        streams
+        self.0.extract_if(.., |(role, _)| is_stream(*role)).collect()
+    }
+
+    /// The descriptors of a disk's pieces, in their order.
+    pub fn take_disks(&mut self) -> Vec<OwnedFd> {
+        self.0.extract_if(.., |(role, _)| *role == FdRole::Disk).map(|(_, fd)| fd).collect()
     }
 
     /// Nothing else may have come: a descriptor that is silently closed would be a riddle to who sent it.
@@ -100,9 +103,10 @@ mod tests {
 
     #[test]
     fn streams_come_together() {
-        let roles = [FdRole::StreamSink, FdRole::Disk, FdRole::StreamSource];
-        let mut descriptors = Descriptors::new(&roles, fds(3)).unwrap();
+        let roles = [FdRole::StreamSink, FdRole::Disk, FdRole::StreamSource, FdRole::Disk];
+        let mut descriptors = Descriptors::new(&roles, fds(4)).unwrap();
         assert_eq!(descriptors.take_streams().len(), 2);
-        assert!(descriptors.take(FdRole::Disk).is_ok());
+        assert_eq!(descriptors.take_disks().len(), 2);
+        assert!(descriptors.take_disks().is_empty());
     }
 }

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmshim_protocol::control::{
-    Command, ControlSocket, Event, Failure, FailureKind, FdRole, MachineConfig, Message, Outcome, Request,
-    Response, SocketError, State, Statistics,
+    Command, ControlSocket, Event, Failure, FailureKind, FdRole, MAX_DISK_PIECES, MachineConfig, Message,
+    Outcome, Request, Response, SocketError, State, Statistics,
 };
 
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
@@ -122,7 +122,7 @@ impl Server {
 
     fn answer(&self, command: Command, roles: &[FdRole], fds: Vec<OwnedFd>) -> Result<Response, Failure> {
         let mut fds = Descriptors::new(roles, fds).map_err(invalid)?;
-        fds.expect_only(roles_of(&command)).map_err(invalid)?;
+        fds.expect_only(&roles_of(&command)).map_err(invalid)?;
         let mut life = lock(&self.life);
         let response = match command {
             Command::Configure(config) => self.configure(&mut life, config, &mut fds)?,
@@ -133,8 +133,8 @@ impl Server {
             Command::Status => Response::Status(self.state(&life)),
             Command::Statistics => Response::Statistics(self.statistics(&life)),
             Command::AttachDisk { slot, read_only } => {
-                let disk = fds.take(FdRole::Disk).map_err(invalid)?;
-                life.machine()?.attach_disk(slot, disk, read_only).map_err(slot_failure)?;
+                let pieces = fds.take_disks();
+                life.machine()?.attach_disk(slot, pieces, read_only).map_err(slot_failure)?;
                 Response::Done
             }
             Command::DetachDisk { slot } => {
@@ -296,16 +296,16 @@ impl Life {
     }
 }
 
-/// What may come with a command, each once.
-fn roles_of(command: &Command) -> &'static [FdRole] {
+/// What may come with a command, each as often as it is listed.
+fn roles_of(command: &Command) -> Vec<FdRole> {
     use FdRole::{
         Disk, Initramfs, Kernel, Kvm, SharedDirectory, StreamSink, StreamSocket, StreamSource, VsockListener,
     };
     match command {
-        Command::Configure(_) => &[Kvm, Kernel, Initramfs, SharedDirectory, VsockListener],
-        Command::AttachDisk { .. } => &[Disk],
-        Command::Expect { .. } => &[StreamSocket, StreamSource, StreamSink],
-        _ => &[],
+        Command::Configure(_) => vec![Kvm, Kernel, Initramfs, SharedDirectory, VsockListener],
+        Command::AttachDisk { .. } => vec![Disk; MAX_DISK_PIECES],
+        Command::Expect { .. } => vec![StreamSocket, StreamSource, StreamSink],
+        _ => Vec::new(),
     }
 }
 

@@ -71,12 +71,12 @@ impl Machine {
         self.gate.close();
     }
 
-    /// Puts a disk into an empty slot.
+    /// Puts a disk, made of one or more pieces, into an empty slot.
     ///
     /// # Errors
     /// See [`SlotError`].
-    pub fn attach_disk(&self, slot: u8, disk: OwnedFd, read_only: bool) -> Result<(), SlotError> {
-        let attached = lock(self.slot(slot)?).attach(disk, read_only)?;
+    pub fn attach_disk(&self, slot: u8, pieces: Vec<OwnedFd>, read_only: bool) -> Result<(), SlotError> {
+        let attached = lock(self.slot(slot)?).attach(pieces, read_only)?;
         if attached { Ok(()) } else { Err(SlotError::Taken(slot)) }
     }
 

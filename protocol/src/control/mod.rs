@@ -55,7 +55,8 @@ pub enum Command {
     /// Asks for [`Response::Statistics`].
     Statistics,
     /// Puts a disk (descriptor: `Disk`, a regular file or a block device) into an empty virtio-blk slot. The guest
-    /// sees a capacity change.
+    /// sees a capacity change. Up to [`MAX_DISK_PIECES`] descriptors make one read-only disk: the whole sectors of
+    /// each follow those of the one before.
     AttachDisk {
         /// From 0 to [`MachineConfig::disk_slots`] - 1. The guest reads it as the device's serial, `slot<N>`.
         slot: u8,
@@ -240,6 +241,9 @@ pub enum Event {
         console: Vec<String>,
     },
 }
+
+/// Descriptors that one disk can be put together from. A guest's kernel names no more than 255 parts of a disk.
+pub const MAX_DISK_PIECES: usize = 240;
 
 /// Console lines kept for [`Event::Exited`].
 pub const MAX_CONSOLE_LINES: usize = 40;

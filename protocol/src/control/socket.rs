@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 /// Bytes of the largest packet.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
-/// Descriptors of the largest packet.
-pub const MAX_FDS: usize = 8;
+/// Descriptors of the largest packet: as many as the kernel takes at once.
+pub const MAX_FDS: usize = 253;
 
 /// Why a packet could not be sent or taken.
 #[derive(Debug, thiserror::Error)]

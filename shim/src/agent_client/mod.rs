@@ -65,6 +65,8 @@ impl AgentConnection {
         pause_container(api::ContainerRequest) -> api::Empty;
         /// Thaws a container.
         resume_container(api::ContainerRequest) -> api::Empty;
+        /// Joins a connection to a socket with the host's.
+        connect_socket(api::ConnectSocketRequest) -> api::Empty;
     }
 
     /// Opens the stream of what happens in the guest.

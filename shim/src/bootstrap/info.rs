@@ -1,5 +1,7 @@
 //! `-info`: what the runtime is and can do.
 
+use std::collections::HashMap;
+
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
@@ -7,7 +9,12 @@ use serde_json::json;
 
 use super::VERSION;
 
+const ALLOWED_MOUNTS_KEY: &str = "containerd.io/runtime-allow-mounts";
+
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Mounts that containerd 2.2 and newer shall not make on the host: the guest does, from disks.
+const ALLOWED_MOUNTS: &str = "mkdir/*,format/*,erofs";
 
 /// Mount options that a container's mounts can have.
 const MOUNT_OPTIONS: [&str; 29] = [
@@ -70,6 +77,7 @@ pub fn info() -> Result<Vec<u8>, protobuf::Error> {
             value: features.to_string().into_bytes(),
             ..Any::default()
         }),
+        annotations: HashMap::from([(ALLOWED_MOUNTS_KEY.to_owned(), ALLOWED_MOUNTS.to_owned())]),
         ..RuntimeInfo::default()
     };
     info.write_to_bytes()
@@ -85,5 +93,6 @@ mod tests {
         assert_eq!((info.name.as_str(), info.version.version.as_str()), ("io.containerd.vmshim.v2", VERSION));
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert!(features["mountOptions"].as_array().unwrap().contains(&json!("rro")));
+        assert_eq!(info.annotations["containerd.io/runtime-allow-mounts"], "mkdir/*,format/*,erofs");
     }
 }

@@ -177,6 +177,11 @@ impl Spec {
         self.annotations.get(name).map(String::as_str)
     }
 
+    /// All annotations.
+    pub fn annotations(&self) -> &BTreeMap<String, String> {
+        &self.annotations
+    }
+
     /// A number below `linux.resources`, such as `["cpu", "quota"]`.
     pub(super) fn resource(&self, path: [&str; 2]) -> Option<&Value> {
         self.linux.resources.get(path[0])?.get(path[1])

@@ -3,9 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+use vmshim_protocol::agent::SOCKET_SOURCE;
+
 use super::spec::{Device, Mount};
 use super::{Spec, SpecError};
+use crate::hooks::Hooks;
 use crate::ids::Name;
+use crate::storage::{IdMap, Mapping};
 
 /// A file or directory of the host that the container shall see.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,23 +27,46 @@ pub struct HostBind {
     pub recursive_read_only: bool,
     /// No programs to be run.
     pub no_exec: bool,
+    /// Other owners than on the host.
+    pub id_map: Option<IdMap>,
+}
+
+/// What the spec asks of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostParts {
+    /// Files and directories.
+    pub binds: Vec<HostBind>,
+    /// Unix sockets, in the order of their numbers.
+    pub sockets: Vec<PathBuf>,
+    /// Programs.
+    pub hooks: Hooks,
 }
 
 /// Devices whose numbers mean the same in every kernel, so that a node of them is right in the guest too.
 const UNIVERSAL_DEVICES: [(i64, i64); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 229)];
 
+/// The type of a mount that is a Unix socket of the host.
+const SOCKET: &str = "uds";
+
 /// Controllers whose limits name the host's devices, CPUs or network classes.
 const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
 
-/// Rewrites the spec for the guest and says which of the host's files it needs.
+/// Rewrites the spec for the guest and says what it needs of the host.
 ///
 /// # Errors
 /// When the spec asks for what a guest cannot have; the field is named.
-pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<Vec<HostBind>, SpecError> {
-    let mut binds = Vec::new();
+pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts, SpecError> {
+    let (mut binds, mut sockets) = (Vec::new(), Vec::new());
     for mount in &mut spec.mounts {
-        if let Some(bind) = transform_mount(mount, bundle, binds.len()) {
+        if mount.kind == SOCKET {
+            let host = std::mem::replace(&mut mount.source, format!("{SOCKET_SOURCE}{}", sockets.len()));
+            sockets.push(bundle.join(host));
+            mount.kind = "bind".to_owned();
+            mount.options.push("bind".to_owned());
+            continue;
+        }
+        if let Some(bind) = transform_mount(mount, bundle, binds.len())? {
             mount.source = format!("vmshim-shared:{id}/mounts/{}", bind.name);
             binds.push(bind);
         }
@@ -51,33 +79,54 @@ pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<Vec<HostBi
     spec.process.rest.remove("apparmorProfile");
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
-    if spec.hooks.take().is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty())) {
-        log::warn!("the hooks of container {id} are not run: this runtime does not run hooks yet");
-    }
-    Ok(binds)
+    let hooks = Hooks::take(&mut spec.hooks)?;
+    Ok(HostParts { binds, sockets, hooks })
 }
 
 /// Whether the mount needs something of the host; rewrites those that only seem to.
-fn transform_mount(mount: &mut Mount, bundle: &Path, index: usize) -> Option<HostBind> {
+fn transform_mount(mount: &mut Mount, bundle: &Path, index: usize) -> Result<Option<HostBind>, SpecError> {
     let has = |name: &str| mount.options.iter().any(|option| option == name);
     if mount.kind != "bind" && !has("bind") && !has("rbind") {
-        return None;
+        return Ok(None);
     }
     if Path::new(&mount.destination) == Path::new("/dev/shm") {
         // Shared memory cannot be shared with the host's processes.
         mount.kind = "tmpfs".to_owned();
         mount.source = "shm".to_owned();
         mount.options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"].map(str::to_owned).to_vec();
-        return None;
+        return Ok(None);
     }
-    Some(HostBind {
+    let bind = HostBind {
         source: bundle.join(&mount.source),
         name: index.to_string(),
         recursive: has("rbind"),
         read_only: has("ro") || has("rro"),
         recursive_read_only: has("rro"),
         no_exec: has("noexec"),
-    })
+        id_map: None,
+    };
+    Ok(Some(HostBind { id_map: take_id_map(mount)?, ..bind }))
+}
+
+/// Owners are mapped on the host, whose file system knows how; the guest sees them as they are then.
+fn take_id_map(mount: &mut Mount) -> Result<Option<IdMap>, SpecError> {
+    let refused = |problem: String| SpecError::Field { field: "mounts", problem };
+    let mut take = |name: &str| -> Result<Vec<Mapping>, SpecError> {
+        let value = mount.rest.remove(name).unwrap_or(Value::Array(Vec::new()));
+        serde_json::from_value(value).map_err(|error| refused(format!("have malformed {name}: {error}")))
+    };
+    let map = IdMap { uids: take("uidMappings")?, gids: take("gidMappings")? };
+    let asked = mount.options.iter().any(|option| matches!(option.as_str(), "idmap" | "ridmap"));
+    mount.options.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+    match (map == IdMap::default(), map.is_valid()) {
+        (true, _) if !asked => Ok(None),
+        (false, true) => Ok(Some(map)),
+        _ => {
+            let problem =
+                format!("need uidMappings and gidMappings of 1 to 340 entries for {}", mount.destination);
+            Err(refused(problem))
+        }
+    }
 }
 
 /// Namespaces are the guest's own. The network is the whole guest's, so a container has none of its own.
@@ -113,14 +162,14 @@ fn is_universal(device: &Device) -> bool {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
     fn transform(spec: Value) -> Result<(Value, Vec<HostBind>), SpecError> {
         let mut spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
-        let binds = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap())?;
-        Ok((serde_json::to_value(spec).unwrap(), binds))
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap())?;
+        Ok((serde_json::to_value(spec).unwrap(), parts.binds))
     }
 
     fn with_mounts(mounts: Value) -> Value {
@@ -149,7 +198,8 @@ mod tests {
                     recursive: true,
                     read_only: true,
                     recursive_read_only: false,
-                    no_exec: true
+                    no_exec: true,
+                    id_map: None,
                 },
                 HostBind {
                     source: "/bundle/hosts".into(),
@@ -157,9 +207,52 @@ mod tests {
                     recursive: false,
                     read_only: true,
                     recursive_read_only: true,
-                    no_exec: false
+                    no_exec: false,
+                    id_map: None,
                 },
             ]
+        );
+    }
+
+    #[test]
+    fn owners_are_mapped_on_the_host() {
+        let map = json!([{ "containerID": 0, "hostID": 1000, "size": 5 }]);
+        let mount = |uids: Value, options: Value| {
+            with_mounts(json!([{
+                "destination": "/d", "type": "bind", "source": "/s", "options": options,
+                "uidMappings": uids, "gidMappings": map,
+            }]))
+        };
+        let (spec, binds) = transform(mount(map.clone(), json!(["rbind", "ridmap"]))).unwrap();
+        let expected = vec![Mapping { container: 0, host: 1000, size: 5 }];
+        assert_eq!(binds[0].id_map, Some(IdMap { uids: expected.clone(), gids: expected }));
+        assert_eq!(spec["mounts"][0]["options"], json!(["rbind"]));
+        assert!(spec["mounts"][0].get("uidMappings").is_none());
+        for bad in [json!([]), json!([{ "containerID": -1 }]), json!("x")] {
+            let error = transform(mount(bad, json!(["bind"]))).unwrap_err().to_string();
+            assert!(error.starts_with("config.json: mounts ") && error.contains("uidMappings"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sockets_of_the_host_are_numbered() {
+        let mut spec = Spec::parse(
+            with_mounts(json!([
+                { "destination": "/run/a", "type": "uds", "source": "/host/a" },
+                { "destination": "/run/b", "type": "uds", "source": "b", "options": ["ro"] },
+            ]))
+            .to_string()
+            .as_bytes(),
+        )
+        .unwrap();
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap()).unwrap();
+        assert_eq!(parts.sockets, [PathBuf::from("/host/a"), PathBuf::from("/bundle/b")]);
+        assert!(parts.binds.is_empty());
+        let spec = serde_json::to_value(spec).unwrap();
+        assert_eq!(spec["mounts"][1]["source"], "vmshim-socket:1");
+        assert_eq!(
+            (&spec["mounts"][1]["type"], &spec["mounts"][1]["options"]),
+            (&json!("bind"), &json!(["ro", "bind"]))
         );
     }
 

@@ -26,6 +26,19 @@ pub enum Entry {
     CgroupParent(PathBuf),
     /// A socket or other file. Undone by unlinking it.
     File(PathBuf),
+    /// A container whose hooks have been run. Undone by running those for its end.
+    Hooks(Hooked),
+    /// A container whose hooks for its end have been run.
+    HooksDone(Hooked),
+}
+
+/// A container that has hooks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hooked {
+    /// Its id.
+    pub id: String,
+    /// Its bundle, with its spec.
+    pub bundle: PathBuf,
 }
 
 /// An open journal.

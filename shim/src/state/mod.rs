@@ -10,9 +10,9 @@ mod pod_dir;
 mod process;
 mod undo;
 
-pub use journal::{Entry, Journal};
+pub use journal::{Entry, Hooked, Journal};
 pub use pod_dir::PodDir;
-pub use process::ProcessId;
+pub use process::{ProcessId, wait_gone};
 pub use undo::{undo, undo_predecessor};
 
 use std::path::PathBuf;

@@ -80,7 +80,7 @@ pub(super) fn signal(process: &impl AsFd, signal: i32) -> io::Result<()> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(super) fn wait_gone(process: &impl AsFd, limit: Duration) -> io::Result<bool> {
+pub fn wait_gone(process: &impl AsFd, limit: Duration) -> io::Result<bool> {
     let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
     let mut descriptors = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
     loop {

@@ -9,6 +9,7 @@ use nix::mount::{MntFlags, umount2};
 
 use super::process::{signal, wait_gone};
 use super::{Entry, Journal, PodDir, ProcessId, StateError};
+use crate::hooks::run_left_poststop;
 
 /// How long a shim may take to end by itself once it is asked to.
 const SHIM_GRACE: Duration = Duration::from_secs(2);
@@ -34,6 +35,7 @@ pub fn undo_predecessor(pod: &PodDir, socket: &Path) -> Result<(), StateError> {
 
 fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
     let mut failure = None;
+    let mut done = Vec::new();
     for entry in Journal::read(&pod.journal())? {
         let (path, result) = match &entry {
             Entry::Shim(shim) => (pod.path(), end_shim(shim)),
@@ -45,6 +47,12 @@ fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
                 let _ = std::fs::remove_dir(path);
                 continue;
             }
+            Entry::HooksDone(hooked) => {
+                done.push(hooked.clone());
+                continue;
+            }
+            Entry::Hooks(hooked) if done.contains(hooked) => continue,
+            Entry::Hooks(hooked) => (hooked.bundle.as_path(), run_left_poststop(&hooked.id, &hooked.bundle)),
             Entry::File(path) if Some(path.as_path()) == kept => continue,
             Entry::File(path) => (path.as_path(), remove_file(path)),
         };
@@ -188,6 +196,32 @@ mod tests {
         std::fs::create_dir(used.join("another")).unwrap();
         undo(&pod).unwrap();
         assert!(!empty.exists() && used.join("another").exists());
+    }
+
+    #[test]
+    fn last_hooks_are_run_once() {
+        use crate::state::Hooked;
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        let journal = Journal::create(pod.journal()).unwrap();
+        let hooked = |id: &str| {
+            let bundle = root.path().join(id);
+            std::fs::create_dir(&bundle).unwrap();
+            let line = format!("echo >> {}", bundle.join("mark").display());
+            let hook = serde_json::json!({ "path": "/bin/sh", "args": ["sh", "-c", line] });
+            let spec = serde_json::json!({ "hooks": { "poststop": [hook] } });
+            std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+            Hooked { id: id.to_owned(), bundle }
+        };
+        let (left, ended) = (hooked("left"), hooked("ended"));
+        for entry in
+            [Entry::Hooks(left.clone()), Entry::Hooks(ended.clone()), Entry::HooksDone(ended.clone())]
+        {
+            journal.intend(&entry).unwrap();
+        }
+        undo(&pod).unwrap();
+        assert!(left.bundle.join("mark").exists() && !ended.bundle.join("mark").exists());
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! `binary://` loggers: a program that reads the output of a container.
+//! `binary://` and `binary-v2://` loggers: a program that reads the output of a container.
 //!
-//! It finds the container's standard output and error at descriptors 3 and 4, and closes 5 when it is ready. It ends
-//! by itself when both are at their end.
+//! It finds the container's standard output and error at descriptors 3 and 4, and closes 5 when it is ready, in the
+//! second version after it has written a byte there. It ends by itself when both are at their end.
 
-use std::io::{self, PipeReader, PipeWriter};
+use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::StdioError;
+use super::{Ready, StdioError};
 
 /// How long a logger may take to become ready, in milliseconds.
 const READY_LIMIT: u16 = 10_000;
@@ -30,13 +30,22 @@ pub struct LoggerStreams {
 }
 
 /// Starts the logger and waits until it is ready.
-pub fn start(path: &Path, args: &[String], namespace: &str, id: &str) -> Result<LoggerStreams, StdioError> {
+pub fn start(
+    path: &Path,
+    args: &[String],
+    ready: Ready,
+    namespace: &str,
+    id: &str,
+) -> Result<LoggerStreams, StdioError> {
     let failed = |source| StdioError::Logger { path: path.to_owned(), source };
-    let (stdout, stderr, ready) = spawn(path, args, namespace, id).map_err(failed)?;
-    let mut descriptors = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
+    let (stdout, stderr, mut word) = spawn(path, args, namespace, id).map_err(failed)?;
+    let mut descriptors = [PollFd::new(word.as_fd(), PollFlags::POLLIN)];
     // The end of the pipe is the message, whether closed or by the logger's death.
     match poll(&mut descriptors, PollTimeout::from(READY_LIMIT)) {
         Ok(0) => Err(StdioError::LoggerSilent(path.to_owned())),
+        Ok(_) if ready == Ready::Byte && word.read(&mut [0]).map_err(failed)? == 0 => {
+            Err(StdioError::LoggerEnded(path.to_owned()))
+        }
         Ok(_) => Ok(LoggerStreams { stdout: stdout.into(), stderr: stderr.into() }),
         Err(errno) => Err(failed(errno.into())),
     }
@@ -113,7 +122,7 @@ mod tests {
         );
         let path = script(directory.path(), &body);
         let args = ["k".to_owned(), "v".to_owned()];
-        let streams = start(&path, &args, "ns", "id").unwrap();
+        let streams = start(&path, &args, Ready::Close, "ns", "id").unwrap();
         File::from(streams.stdout).write_all(b"out").unwrap();
         File::from(streams.stderr).write_all(b"err").unwrap();
         let finished = directory.path().join("done.x");
@@ -125,8 +134,20 @@ mod tests {
     }
 
     #[test]
+    fn the_second_version_wants_a_byte() {
+        let directory = tempfile::tempdir().unwrap();
+        let silent = script(directory.path(), "exit 0");
+        assert!(start(&silent, &[], Ready::Close, "ns", "id").is_ok());
+        let error = start(&silent, &[], Ready::Byte, "ns", "id").unwrap_err();
+        assert!(matches!(error, StdioError::LoggerEnded(_)), "{error}");
+        let other = tempfile::tempdir().unwrap();
+        let ready = script(other.path(), "printf x >&5; exec 5>&-; cat <&3");
+        assert!(start(&ready, &[], Ready::Byte, "ns", "id").is_ok());
+    }
+
+    #[test]
     fn a_logger_that_does_not_exist_is_named() {
-        let error = start(Path::new("/nonexistent/logger"), &[], "ns", "id").unwrap_err();
+        let error = start(Path::new("/nonexistent/logger"), &[], Ready::Close, "ns", "id").unwrap_err();
         assert!(error.to_string().contains("/nonexistent/logger"));
     }
 }

@@ -5,8 +5,8 @@ mod logger;
 mod open;
 mod uri;
 
-pub use open::{Kept, Opened, Streams};
-pub use uri::Target;
+pub use open::{Kept, Opened, Owner, Streams};
+pub use uri::{Ready, Target};
 
 use std::io;
 use std::path::PathBuf;
@@ -15,7 +15,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// A URI that is not understood.
-    #[error("the stdio address {0:?} is not supported; use a fifo's path, fifo://, file:// or binary://")]
+    #[error(
+        "the stdio address {0:?} is not supported; use a fifo's path, fifo://, file://, binary:// or binary-v2://"
+    )]
     Unsupported(String),
     /// A file or fifo that cannot be opened.
     #[error("{} cannot be opened for stdio: {source}", path.display())]
@@ -33,6 +35,9 @@ pub enum StdioError {
         /// Why.
         source: io::Error,
     },
+    /// A logger that ended, or let go, without a word.
+    #[error("the logger {} ended before it said that it is ready", .0.display())]
+    LoggerEnded(PathBuf),
     /// A logger that did not say that it is ready.
     #[error("the logger {} did not become ready in time", .0.display())]
     LoggerSilent(PathBuf),

@@ -20,6 +20,17 @@ pub struct Streams {
     pub stderr: String,
     /// One terminal in place of three streams.
     pub terminal: bool,
+    /// Whose the pipes are.
+    pub owner: Owner,
+}
+
+/// User and group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// The user's id.
+    pub uid: u32,
+    /// The group's id.
+    pub gid: u32,
 }
 
 /// Opened streams: what the VMM gets, and what the shim keeps.
@@ -78,8 +89,8 @@ impl Streams {
         }
         let stdout = Target::parse(&self.stdout)?;
         let stderr = if self.terminal { Target::None } else { Target::parse(&self.stderr)? };
-        if let Target::Binary { path, args } = &stdout {
-            let LoggerStreams { stdout, stderr: errors } = logger::start(path, args, namespace, id)?;
+        if let Target::Binary { path, args, ready } = &stdout {
+            let LoggerStreams { stdout, stderr: errors } = logger::start(path, args, *ready, namespace, id)?;
             opened.stdout = Some(stdout);
             opened.stderr = (!self.terminal).then_some(errors);
             return Ok(opened);

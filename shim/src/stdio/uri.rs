@@ -20,7 +20,18 @@ pub enum Target {
         path: PathBuf,
         /// Its arguments: names and values in turn.
         args: Vec<String>,
+        /// How it says that it is ready.
+        ready: Ready,
     },
+}
+
+/// How a logger says that it is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// It closes the descriptor, which its death does too.
+    Close,
+    /// It writes a byte first.
+    Byte,
 }
 
 impl Target {
@@ -41,8 +52,10 @@ impl Target {
         match scheme {
             "fifo" => Ok(Self::Fifo(path.into())),
             "file" => Ok(Self::File(path.into())),
-            "binary" => {
-                Ok(Self::Binary { path: path.into(), args: arguments(query).ok_or_else(unsupported)? })
+            "binary" | "binary-v2" => {
+                let ready = if scheme == "binary" { Ready::Close } else { Ready::Byte };
+                let args = arguments(query).ok_or_else(unsupported)?;
+                Ok(Self::Binary { path: path.into(), args, ready })
             }
             _ => Err(unsupported()),
         }
@@ -98,9 +111,11 @@ mod tests {
             parse("binary:///bin/l?a=1&flag&b=x%2Fy+z"),
             Target::Binary {
                 path: "/bin/l".into(),
-                args: ["a", "1", "flag", "b", "x/y z"].map(str::to_owned).to_vec()
+                args: ["a", "1", "flag", "b", "x/y z"].map(str::to_owned).to_vec(),
+                ready: Ready::Close,
             }
         );
+        assert!(matches!(parse("binary-v2:///bin/l"), Target::Binary { ready: Ready::Byte, .. }));
     }
 
     #[test]

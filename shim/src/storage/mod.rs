@@ -5,16 +5,26 @@
 //! names as such, never from what a path happens to be. Mounting may wait for a file system, so all of this runs on
 //! a thread of its own, never on the shim's event loop.
 
+mod disk;
+mod host_layers;
+mod idmap;
+mod layers;
+mod loop_device;
 mod mount;
 mod overlay;
 mod rootfs;
 mod shared;
 mod slots;
+mod socket;
 mod staging;
 
-pub use rootfs::{Disk, MountRequest, Rootfs};
+pub use disk::Disk;
+pub use idmap::{IdMap, Mapping};
+pub use layers::Directory;
+pub use rootfs::{MountRequest, Rootfs, UpperDisk};
 pub use shared::{SharedError, mount_shared};
 pub use slots::{Slot, Slots};
+pub use socket::SocketOwner;
 pub use staging::Staging;
 
 use std::io;
@@ -29,11 +39,20 @@ pub enum StorageError {
          erofs mounts"
     )]
     UnknownType(String),
-    /// More than one mount.
+    /// A template that is not understood.
+    #[error("the mount option or source {0:?} of the root file system is not supported")]
+    Template(String),
+    /// A layer of an overlay that is not one of the mounts before it.
+    #[error("a layer of the root file system is not one of the disks that come with it")]
+    LowerIsNoDisk,
+    /// Upper and work directory that are not on one writable disk.
     #[error(
-        "a root file system put together from {0} mounts is not supported; use a snapshotter that gives one"
+        "upperdir and workdir of the root file system are neither on one writable disk nor both on the host"
     )]
-    SeveralMounts(usize),
+    UpperElsewhere,
+    /// More layers than an overlay can have.
+    #[error("the root file system has {0} layers; 500 are possible")]
+    LayerCount(usize),
     /// An option that is not known.
     #[error("the mount option {0:?} of the root file system is not supported")]
     UnsupportedOption(String),
@@ -48,6 +67,17 @@ pub enum StorageError {
     /// A disk that is neither a file nor a block device.
     #[error("{} is neither a disk image nor a block device", .0.display())]
     NotADisk(PathBuf),
+    /// Owners that cannot be mapped.
+    #[error("the owners of {} cannot be mapped (uidMappings, gidMappings): {source}", path.display())]
+    IdMap {
+        /// What is mounted.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something else than a socket.
+    #[error("the source {} of a uds mount is not a Unix socket", .0.display())]
+    NotASocket(PathBuf),
     /// A source that does not exist.
     #[error("the mount source {} cannot be used: {source}", path.display())]
     Source {

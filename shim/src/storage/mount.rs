@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, umount2};
 
 use super::StorageError;
+use super::idmap::IdMap;
 
 /// Attributes that a mount can get after it is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -43,6 +44,80 @@ pub fn bind(
             let _ = detach(target);
             failed(error)
         })
+}
+
+/// Bind-mounts `source` on `target` with other owners.
+pub fn bind_mapped(
+    source: &Path,
+    target: &Path,
+    recursive: bool,
+    attributes: Attributes,
+    map: &IdMap,
+) -> Result<(), StorageError> {
+    let failed = |source| StorageError::Mount { path: target.to_owned(), source };
+    let mapped = clone_tree(source, recursive).and_then(|tree| {
+        map_owners(&tree, map.namespace()?, recursive)?;
+        Ok(tree)
+    });
+    let mapped = mapped.map_err(|error| StorageError::IdMap { path: source.to_owned(), source: error })?;
+    attach(&mapped, target).map_err(failed)?;
+    let restricted = Attributes { recursive: recursive && attributes.recursive, ..attributes };
+    restrict(target, Attributes { recursive, ..Attributes::default() })
+        .and_then(|()| restrict(target, restricted))
+        .map_err(|error| {
+            let _ = detach(target);
+            failed(error)
+        })
+}
+
+fn map_owners(tree: &OwnedFd, namespace: OwnedFd, recursive: bool) -> io::Result<()> {
+    let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let request =
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: both descriptors are open, and the request is a mount_attr of the size given, alive during the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const request,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
+}
+
+/// A mount without a place, a copy of the one at `path`, with everything mounted below where `recursive`.
+pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    const CLONE: libc::c_uint = 1;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let depth = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let flags = CLONE | libc::O_CLOEXEC.cast_unsigned() | depth;
+    // SAFETY: the path is a C string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::Error::from(Errno::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives a mount without a place one.
+pub fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
+    const FROM_DESCRIPTOR: libc::c_uint = 4;
+    let target = CString::new(target.as_os_str().as_bytes())?;
+    // SAFETY: both paths are C strings that outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            FROM_DESCRIPTOR,
+        )
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
 }
 
 /// Calls mount(2).

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::StorageError;
 
 /// Bytes of options that mount(2) takes, with the final zero.
-const PAGE: usize = 4096;
+pub const PAGE: usize = 4096;
 
 /// Options ready for mount(2), and the directory to call it from.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,12 +1,13 @@
 //! The mounts that containerd hands over as a container's root file system.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
 use nix::mount::MsFlags;
 
+use super::disk::{Disk, DiskRequest};
+use super::host_layers::{self, Changes};
+use super::layers::{self, Directory, Layers, Upper};
 use super::mount::{Attributes, bind, in_directory, mount};
 use super::{StorageError, overlay};
 
@@ -30,16 +31,9 @@ pub enum MountRequest {
         read_only: bool,
     },
     /// A disk for the guest to mount.
-    Disk {
-        /// An image file or block device.
-        source: PathBuf,
-        /// "ext4" or "erofs".
-        filesystem: &'static str,
-        /// Options for the guest.
-        options: Vec<String>,
-        /// Not writable.
-        read_only: bool,
-    },
+    Disk(DiskRequest),
+    /// Disks for the guest, or where it cannot the host, to put together.
+    Layers(Layers),
 }
 
 /// A root file system, ready for the guest.
@@ -49,19 +43,28 @@ pub enum Rootfs {
     Shared,
     /// A disk to attach.
     Disk(Disk),
+    /// Disks to attach, and how the guest puts them together.
+    Layers {
+        /// Topmost first.
+        lowers: Vec<Disk>,
+        /// The writable disk.
+        upper: Option<UpperDisk>,
+        /// The overlay's own options.
+        options: Vec<String>,
+    },
 }
 
-/// An opened disk.
+/// The disk that takes the changes to layers.
 #[derive(Debug)]
-pub struct Disk {
-    /// The image or device.
-    pub file: File,
-    /// What is on it.
-    pub filesystem: &'static str,
-    /// Options for the guest's mount.
-    pub options: Vec<String>,
-    /// Not writable.
-    pub read_only: bool,
+pub struct UpperDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// The upper directory on it.
+    pub upper: String,
+    /// The work directory on it.
+    pub work: String,
+    /// To be made on it.
+    pub directories: Vec<Directory>,
 }
 
 impl MountRequest {
@@ -72,12 +75,15 @@ impl MountRequest {
     pub fn parse(mounts: &[Mount]) -> Result<Option<Self>, StorageError> {
         match mounts {
             [] => Ok(None),
-            [mount] => Self::parse_one(mount).map(Some),
-            several => Err(StorageError::SeveralMounts(several.len())),
+            [mount] if !mount.type_.contains('/') => Self::parse_one(mount).map(Some),
+            several => layers::parse(several).map(|layers| Some(Self::Layers(layers))),
         }
     }
 
     fn parse_one(mount: &Mount) -> Result<Self, StorageError> {
+        if let Some(disk) = DiskRequest::parse(mount)? {
+            return Ok(Self::Disk(disk));
+        }
         let has = |name: &str| mount.options.iter().any(|option| option == name);
         let unsupported = |option: &&String| {
             option.starts_with("uidmap=")
@@ -98,15 +104,6 @@ impl MountRequest {
             "bind" | "" if has("bind") || has("rbind") || mount.type_ == "bind" => {
                 Ok(Self::Bind { source, recursive: has("rbind"), read_only })
             }
-            "ext4" => {
-                Ok(Self::Disk { source, filesystem: "ext4", options: without(&["loop", "rw"]), read_only })
-            }
-            "erofs" => Ok(Self::Disk {
-                source,
-                filesystem: "erofs",
-                options: without(&["loop", "rw"]),
-                read_only: true,
-            }),
             other => Err(StorageError::UnknownType(other.to_owned())),
         }
     }
@@ -123,12 +120,30 @@ impl MountRequest {
                 bind(&source, target, recursive, attributes)?;
                 Ok(Rootfs::Shared)
             }
-            Self::Disk { source, filesystem, options, read_only } => {
-                let file = open_disk(&source, read_only)?;
-                Ok(Rootfs::Disk(Disk { file, filesystem, options, read_only }))
-            }
+            Self::Disk(disk) => disk.open().map(Rootfs::Disk),
+            Self::Layers(layers) => realize_layers(layers, target),
         }
     }
+}
+
+fn realize_layers(layers: Layers, target: &Path) -> Result<Rootfs, StorageError> {
+    let Layers { lowers, upper, mut options } = layers;
+    let upper = match upper {
+        Upper::Host { upper, work } => {
+            let changes = Changes { upper: &upper, work: &work };
+            host_layers::mount_layers(&lowers, &changes, &options, target)?;
+            return Ok(Rootfs::Shared);
+        }
+        Upper::None => {
+            options.push("ro".to_owned());
+            None
+        }
+        Upper::Disk { disk, upper, work, directories } => {
+            Some(UpperDisk { disk: disk.open()?, upper, work, directories })
+        }
+    };
+    let lowers = lowers.into_iter().map(DiskRequest::open).collect::<Result<_, _>>()?;
+    Ok(Rootfs::Layers { lowers, upper, options })
 }
 
 fn mount_overlay(options: &[String], read_only: bool, target: &Path) -> Result<Rootfs, StorageError> {
@@ -142,23 +157,6 @@ fn mount_overlay(options: &[String], read_only: bool, target: &Path) -> Result<R
     };
     mounted.map_err(|source| StorageError::Mount { path: target.to_owned(), source })?;
     Ok(Rootfs::Shared)
-}
-
-fn open_disk(path: &Path, read_only: bool) -> Result<File, StorageError> {
-    let failed = |source| StorageError::Source { path: path.to_owned(), source };
-    // Opening a fifo would wait for its other end.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    if kind.is_file() || kind.is_block_device() {
-        Ok(file)
-    } else {
-        Err(StorageError::NotADisk(path.to_owned()))
-    }
 }
 
 #[cfg(test)]
@@ -195,16 +193,16 @@ mod tests {
         );
         assert_eq!(
             parse("ext4", "/img", &["loop", "rw", "noatime"]).unwrap().unwrap(),
-            MountRequest::Disk {
+            MountRequest::Disk(DiskRequest {
                 source: "/img".into(),
                 filesystem: "ext4",
                 options: vec!["noatime".into()],
                 read_only: false
-            }
+            })
         );
         assert!(matches!(
             parse("erofs", "/img", &["loop"]).unwrap().unwrap(),
-            MountRequest::Disk { filesystem: "erofs", read_only: true, .. }
+            MountRequest::Disk(DiskRequest { filesystem: "erofs", read_only: true, .. })
         ));
         assert_eq!(MountRequest::parse(&[]).unwrap(), None);
     }
@@ -212,35 +210,18 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         assert!(parse("zfs", "x", &[]).unwrap_err().to_string().contains("\"zfs\""));
-        assert!(
-            parse("format/mkdir/overlay", "x", &[]).unwrap_err().to_string().contains("format/mkdir/overlay")
-        );
+        assert!(matches!(parse("format/mkdir/overlay", "x", &[]), Err(StorageError::NoLowerdir)));
         assert!(matches!(parse("", "/s", &[]), Err(StorageError::UnknownType(_))));
         assert!(matches!(parse("overlay", "o", &["uidmap=0:1:2"]), Err(StorageError::UnsupportedOption(_))));
         let two = [mount_of("bind", "/a", &[]), mount_of("bind", "/b", &[])];
-        assert!(matches!(MountRequest::parse(&two), Err(StorageError::SeveralMounts(2))));
-    }
-
-    #[test]
-    fn a_disk_is_a_file_or_a_block_device() {
-        let directory = tempfile::tempdir().unwrap();
-        let disk = |source: PathBuf| {
-            MountRequest::Disk { source, filesystem: "ext4", options: vec![], read_only: true }
-                .realize(Path::new("/x"))
-        };
-        assert!(matches!(disk(directory.path().join("none")), Err(StorageError::Source { .. })));
-        assert!(matches!(disk(directory.path().to_owned()), Err(StorageError::NotADisk(_))));
-        assert!(matches!(disk("/dev/null".into()), Err(StorageError::NotADisk(_))));
-        let image = directory.path().join("image");
-        std::fs::write(&image, "x").unwrap();
-        assert!(matches!(disk(image), Ok(Rootfs::Disk(_))));
+        assert!(matches!(MountRequest::parse(&two), Err(StorageError::UnknownType(_))));
     }
 
     proptest! {
         #[test]
         fn only_disks_named_as_such_become_disks(kind in "(overlay|bind||ext4|erofs|[a-z]{1,5})", source in "/dev/[a-z]{1,4}") {
             let parsed = parse(&kind, &source, &["loop"]);
-            let is_disk = matches!(parsed, Ok(Some(MountRequest::Disk { .. })));
+            let is_disk = matches!(parsed, Ok(Some(MountRequest::Disk(_))));
             prop_assert_eq!(is_disk, kind == "ext4" || kind == "erofs");
         }
     }

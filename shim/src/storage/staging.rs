@@ -4,7 +4,7 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::mount::{Attributes, bind, detach};
+use super::mount::{Attributes, bind, bind_mapped, detach};
 use super::{MountRequest, Rootfs, StorageError};
 use crate::ids::Name;
 use crate::oci::HostBind;
@@ -64,7 +64,10 @@ impl Staging {
             no_exec: request.no_exec,
             recursive: request.recursive_read_only,
         };
-        bind(source, &target, request.recursive, attributes)?;
+        match &request.id_map {
+            None => bind(source, &target, request.recursive, attributes)?,
+            Some(map) => bind_mapped(source, &target, request.recursive, attributes, map)?,
+        }
         self.mounted.push(target);
         Ok(())
     }
@@ -108,7 +111,10 @@ impl Staging {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+    use crate::storage::{IdMap, Mapping};
 
     fn mounts_below(path: &Path) -> usize {
         let table = std::fs::read_to_string("/proc/self/mounts").unwrap();
@@ -134,15 +140,21 @@ mod tests {
             read_only,
             recursive_read_only: false,
             no_exec: false,
+            id_map: None,
         };
         let mut staging = Staging::new(shared.path(), &Name::new("c").unwrap());
-        let binds = [bind("0", "volume", true), bind("1", "file", false)];
+        let mapping = |host| vec![Mapping { container: 0, host, size: 10 }];
+        let mapped = IdMap { uids: mapping(1000), gids: mapping(2000) };
+        let mapped = HostBind { id_map: Some(mapped), ..bind("2", "file", false) };
+        let binds = [bind("0", "volume", true), bind("1", "file", false), mapped];
         match staging.stage(None, &host.path().join("root"), &binds) {
             // A sandbox may not let even root mount.
             Err(StorageError::Mount { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => return,
             result => assert!(matches!(result.unwrap(), Rootfs::Shared)),
         }
         assert_eq!(std::fs::read_to_string(shared.path().join("c/mounts/1")).unwrap(), "text");
+        let mapped = std::fs::metadata(shared.path().join("c/mounts/2")).unwrap();
+        assert_eq!((mapped.uid(), mapped.gid()), (1000, 2000));
         assert!(std::fs::write(shared.path().join("c/mounts/0/x"), "").is_err());
         assert!(std::fs::write(shared.path().join("c/rootfs/x"), "").is_ok());
         staging.remove().unwrap();
@@ -165,6 +177,7 @@ mod tests {
             read_only: false,
             recursive_read_only: false,
             no_exec: false,
+            id_map: None,
         };
         let error = staging.stage(None, Path::new("/tmp"), &[bind]).unwrap_err();
         let expected = matches!(&error, StorageError::Mount { source, .. } if source.raw_os_error() == Some(libc::EPERM))

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::TaskError;
 use super::process::{Exit, Phase, Process};
+use crate::hooks::Hooks;
 use crate::ids::Name;
 use crate::storage::{Slot, Staging};
 
@@ -23,6 +24,9 @@ pub struct Container {
     execs: Mutex<BTreeMap<String, Arc<Exec>>>,
     held_exit: Mutex<Option<Exit>>,
     storage: Mutex<Option<HostStorage>>,
+    sockets: Mutex<Vec<PathBuf>>,
+    hooks: Mutex<Option<Hooks>>,
+    annotations: Mutex<BTreeMap<String, String>>,
     removed: watch::Sender<bool>,
     deleting: Mutex<bool>,
 }
@@ -41,8 +45,8 @@ pub struct Exec {
 pub struct HostStorage {
     /// Mounts in the shared directory.
     pub staging: Staging,
-    /// Its disk.
-    pub slot: Option<Slot>,
+    /// Its disks.
+    pub slots: Vec<Slot>,
 }
 
 impl Container {
@@ -55,6 +59,9 @@ impl Container {
             execs: Mutex::default(),
             held_exit: Mutex::default(),
             storage: Mutex::default(),
+            sockets: Mutex::default(),
+            hooks: Mutex::default(),
+            annotations: Mutex::default(),
             removed: watch::Sender::new(false),
             deleting: Mutex::default(),
         }
@@ -130,6 +137,37 @@ impl Container {
     /// Takes it away, to give it back to the host.
     pub fn take_storage(&self) -> Option<HostStorage> {
         lock(&self.storage).take()
+    }
+
+    /// Notes which sockets of the host it can reach.
+    pub fn set_sockets(&self, sockets: Vec<PathBuf>) {
+        *lock(&self.sockets) = sockets;
+    }
+
+    /// The socket of that number.
+    pub fn socket(&self, number: usize) -> Option<PathBuf> {
+        lock(&self.sockets).get(number).cloned()
+    }
+
+    /// Notes what its spec asks to be run on the host, and told there.
+    pub fn set_hooks(&self, hooks: Option<Hooks>, annotations: BTreeMap<String, String>) {
+        *lock(&self.hooks) = hooks;
+        *lock(&self.annotations) = annotations;
+    }
+
+    /// The host's hooks.
+    pub fn hooks(&self) -> Option<Hooks> {
+        lock(&self.hooks).clone()
+    }
+
+    /// Takes them away for the last time that they are run.
+    pub fn take_hooks(&self) -> Option<Hooks> {
+        lock(&self.hooks).take()
+    }
+
+    /// The spec's annotations.
+    pub fn annotations(&self) -> BTreeMap<String, String> {
+        lock(&self.annotations).clone()
     }
 
     /// Says that nothing of the container is left in the guest or on the host.

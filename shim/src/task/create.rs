@@ -12,14 +12,16 @@ use vmshim_protocol::agent as api;
 use super::TaskError;
 use super::container::{Container, HostStorage};
 use super::exits;
+use super::hooks;
 use super::pod::Pod;
 use super::process::{Phase, Process};
+use super::rootfs::Plan;
 use super::streams::{connect, forget};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{Spec, for_guest};
-use crate::stdio::Streams;
-use crate::storage::{Disk, MountRequest, Rootfs, Staging};
+use crate::oci::{HostParts, Spec, for_guest};
+use crate::stdio::{Owner, Streams};
+use crate::storage::{MountRequest, SocketOwner, Staging};
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
 
@@ -33,22 +35,25 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
     if !request.checkpoint.is_empty() {
         return Err(TaskError::Unsupported("restoring a checkpoint"));
     }
-    if let Some(options) = request.options.as_ref() {
-        RuntimeOptions::from_any(options)?;
-    }
+    let options = request.options.as_ref().map(RuntimeOptions::from_any).transpose()?.unwrap_or_default();
     let vm = pod.vm()?.clone();
     let streams = Streams {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),
         stderr: request.stderr.clone(),
         terminal: request.terminal,
+        owner: Owner { uid: options.io_uid, gid: options.io_gid },
     };
     let init = Process::new(String::new(), streams, Phase::Creating);
     let container = Arc::new(Container::new(id, PathBuf::from(&request.bundle), init));
     pod.add(&container)?;
     log::debug!("container {} is asked for", container.id);
     let built = timeout_at(deadline, build(pod, &vm, &container, &request, deadline)).await;
-    if let Err(error) = built.unwrap_or(Err(TaskError::Deadline("creating the container"))) {
+    let built = match built.unwrap_or(Err(TaskError::Deadline("creating the container"))) {
+        Ok(()) => hooks::created(pod, &container, deadline).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = built {
         roll_back(pod, &container).await;
         return Err(error);
     }
@@ -71,7 +76,9 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
-    let binds = for_guest(&mut spec, &container.bundle, &container.id)?;
+    let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id)?;
+    container.set_sockets(sockets.clone());
+    container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
@@ -81,27 +88,26 @@ async fn build(
     let streams = container.init.streams.clone();
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
     let (staging, rootfs, opened) = blocking("prepare storage", move || {
-        let rootfs = staging.stage(mount, &root, &binds);
+        let owners = sockets.iter().map(|path| SocketOwner::of(path)).collect::<Result<Vec<_>, _>>();
+        let rootfs = owners.and_then(|owners| Ok((staging.stage(mount, &root, &binds)?, owners)));
         let opened = rootfs.is_ok().then(|| streams.open(&namespace, &id));
         (staging, rootfs, opened)
     })
     .await?;
-    let disk = match rootfs {
-        Ok(Rootfs::Shared) => Ok(None),
-        Ok(Rootfs::Disk(disk)) => pod.slots.take().map(|slot| Some((slot, disk))),
-        Err(error) => Err(error),
-    };
     log::debug!("storage and stdio of container {} are ready", container.id);
-    let (slot, disk) = match disk {
-        Ok(disk) => disk.unzip(),
+    let planned = rootfs.and_then(|(rootfs, owners)| {
+        let (plan, slots) = Plan::new(rootfs, &container.id, &pod.slots)?;
+        Ok((plan, slots, owners))
+    });
+    let (plan, slots, owners) = match planned {
+        Ok(planned) => planned,
         Err(error) => {
-            container.set_storage(HostStorage { staging, slot: None });
+            container.set_storage(HostStorage { staging, slots: Vec::new() });
             return Err(error.into());
         }
     };
-    let slot_number = slot.as_ref().map(crate::storage::Slot::number);
-    container.set_storage(HostStorage { staging, slot });
-    let rootfs = attach_rootfs(vm, &container.id, slot_number.zip(disk), deadline).await?;
+    container.set_storage(HostStorage { staging, slots });
+    let rootfs = plan.attach(vm, deadline).await?;
 
     let opened = opened.transpose()?.unwrap_or_default();
     let stdio = connect(vm, &container.init, opened, deadline).await?;
@@ -110,33 +116,15 @@ async fn build(
         spec,
         rootfs: MessageField::some(rootfs),
         stdio: MessageField::some(stdio),
+        sockets: (0..).zip(owners).map(|(number, owner)| socket(number, owner)).collect(),
         ..Default::default()
     };
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
 }
 
-async fn attach_rootfs(
-    vm: &Vm,
-    id: &Name,
-    disk: Option<(u8, Disk)>,
-    deadline: Instant,
-) -> Result<api::RootFilesystem, TaskError> {
-    use std::os::fd::AsFd;
-    use vmshim_protocol::agent::root_filesystem::Source;
-    let Some((slot, disk)) = disk else {
-        return Ok(api::RootFilesystem {
-            source: Some(Source::Shared(format!("{id}/rootfs"))),
-            ..Default::default()
-        });
-    };
-    vm.attach_disk(slot, disk.file.as_fd(), disk.read_only, deadline).await?;
-    let disk = api::Disk {
-        slot: slot.into(),
-        filesystem: disk.filesystem.to_owned(),
-        options: disk.options,
-        ..Default::default()
-    };
-    Ok(api::RootFilesystem { source: Some(Source::Disk(disk)), ..Default::default() })
+fn socket(number: u32, owner: SocketOwner) -> api::Socket {
+    let SocketOwner { mode, uid, gid } = owner;
+    api::Socket { number, mode, uid, gid, ..Default::default() }
 }
 
 async fn roll_back(pod: &Pod, container: &Container) {

@@ -6,8 +6,10 @@ use ttrpc::Code;
 
 use crate::agent_client::{AgentError, GuestCode};
 use crate::config::OptionsError;
+use crate::hooks::HookError;
 use crate::ids::InvalidName;
 use crate::oci::SpecError;
+use crate::state::StateError;
 use crate::stdio::StdioError;
 use crate::storage::StorageError;
 use crate::task::pod::BootError;
@@ -80,6 +82,12 @@ pub enum TaskError {
     /// The guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// A hook of the spec.
+    #[error(transparent)]
+    Hook(HookError),
+    /// The state directory.
+    #[error(transparent)]
+    State(StateError),
     /// A bug in the shim.
     #[error("the shim failed to {0}; its log says more")]
     Internal(&'static str),
@@ -103,7 +111,8 @@ impl TaskError {
             Self::Storage(_) | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Control(ControlError::Ended(_)) => Code::FAILED_PRECONDITION,
             Self::Control(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
-            Self::Control(_) | Self::Internal(_) => Code::UNKNOWN,
+            Self::Hook(HookError::TimedOut { .. }) => Code::DEADLINE_EXCEEDED,
+            Self::Control(_) | Self::Hook(_) | Self::State(_) | Self::Internal(_) => Code::UNKNOWN,
             Self::Agent(AgentError::Refused { code, .. }) => guest_code(*code),
             Self::Agent(AgentError::Gone) => Code::UNAVAILABLE,
         }

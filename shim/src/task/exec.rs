@@ -13,6 +13,7 @@ use super::TaskError;
 use super::container::{Container, Exec};
 use super::create::blocking;
 use super::exits;
+use super::hooks;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use super::streams::{connect, connect_input, forget};
@@ -42,6 +43,7 @@ pub fn add(pod: &Pod, request: ExecProcessRequest) -> Result<(), TaskError> {
         stdout: request.stdout,
         stderr: request.stderr,
         terminal: request.terminal,
+        owner: container.init.streams.owner,
     };
     let process = Arc::new(Process::new(request.exec_id.clone(), streams, Phase::Created));
     container.add_exec(Exec { process, spec })?;
@@ -101,6 +103,9 @@ pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -
         });
     }
     exits::apply_early_exit(pod, &container, &process);
+    if exec_id.is_empty() {
+        hooks::started(pod, &container, deadline).await?;
+    }
     Ok(pid)
 }
 

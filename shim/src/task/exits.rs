@@ -14,6 +14,7 @@ use vmshim_protocol::agent as api;
 use super::container::Container;
 use super::pod::Pod;
 use super::process::{Ending, Exit, Process};
+use super::sockets;
 use crate::agent_client::AgentError;
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
@@ -69,6 +70,7 @@ async fn receive_reports(pod: &Arc<Pod>, vm: &Arc<Vm>) -> Result<(), AgentError>
                         .publish(&TaskOOM { container_id: container.id.to_string(), ..TaskOOM::default() });
                 }
             }
+            Some(api::event::Event::SocketDialled(dialled)) => sockets::follow(pod, vm, dialled),
             _ => {}
         }
     }
@@ -183,11 +185,13 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
     }
 }
 
-/// Takes a container's disk out of the VM and its mounts off the host.
+/// Takes a container's disks out of the VM and its mounts off the host.
 pub async fn remove_storage(pod: &Pod, container: &Container) {
     let Some(storage) = container.take_storage() else { return };
-    if let (Some(slot), Some(vm)) = (&storage.slot, pod.living_vm()) {
-        let _ = vm.detach_disk(slot.number(), Instant::now() + REMOVE_LIMIT).await;
+    if let Some(vm) = pod.living_vm() {
+        for slot in &storage.slots {
+            let _ = vm.detach_disk(slot.number(), Instant::now() + REMOVE_LIMIT).await;
+        }
     }
     let mut staging = storage.staging;
     let removed = tokio::task::spawn_blocking(move || staging.remove()).await;

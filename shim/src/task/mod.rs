@@ -11,10 +11,13 @@ mod delete;
 mod error;
 mod exec;
 mod exits;
+mod hooks;
 mod pod;
 mod process;
+mod rootfs;
 mod service;
 mod signal;
+mod sockets;
 mod streams;
 #[cfg(test)]
 mod tests;

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::TaskError;
 use super::container::Container;
+use super::sockets::MOST_PENDING;
 use crate::agent_client::AgentError;
 use crate::bootstrap::Serving;
 use crate::cgroup::{Cgroup, InvalidPath};
@@ -78,6 +79,12 @@ pub struct Pod {
     pub slots: Slots,
     /// Its state on the host.
     pub dir: PodDir,
+    /// Its side effects on the host; none where it has no VM.
+    pub journal: Option<Journal>,
+    /// Collects the exit statuses of the shim's children.
+    pub reaper: Reaper,
+    /// Connections to the host's sockets that are being made.
+    pub pending_sockets: Arc<Semaphore>,
     vm: Result<Arc<Vm>, Arc<BootError>>,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
@@ -94,15 +101,22 @@ impl Pod {
     ) -> Arc<Self> {
         let settings = config.as_ref().cloned().unwrap_or_default();
         let dir = PodDir::new(&settings.runtime.state_dir, &serving.namespace, &serving.group);
-        let vm = config.and_then(|config| launch(serving, &config, &dir, reaper)).map_err(|error| {
-            log::error!("the VM cannot be started: {error}");
-            Arc::new(error)
-        });
+        let launched = config.and_then(|config| launch(serving, &config, &dir, reaper));
+        let (vm, journal) = match launched {
+            Ok((vm, journal)) => (Ok(vm), Some(journal)),
+            Err(error) => {
+                log::error!("the VM cannot be started: {error}");
+                (Err(Arc::new(error)), None)
+            }
+        };
         let pod = Arc::new(Self {
             namespace: serving.namespace.clone(),
             events,
             slots: Slots::new(settings.hypervisor.disk_slots),
             dir,
+            journal,
+            reaper: reaper.clone(),
+            pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm,
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
             containers: Mutex::default(),
@@ -238,6 +252,9 @@ impl Pod {
             events,
             slots: Slots::new(1),
             dir,
+            journal: None,
+            reaper: Reaper::default(),
+            pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: Ok(vm.clone()),
             request_timeout: Duration::from_secs(5),
             containers: Mutex::default(),
@@ -264,7 +281,12 @@ pub fn configure(serving: &Serving) -> Result<(RuntimeOptions, Config), BootErro
     Ok((options, config))
 }
 
-fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> Result<Arc<Vm>, BootError> {
+fn launch(
+    serving: &Serving,
+    config: &Config,
+    dir: &PodDir,
+    reaper: &Reaper,
+) -> Result<(Arc<Vm>, Journal), BootError> {
     let spec = Spec::read(&serving.bundle)?;
     let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
     let journal = begin_journal(serving, config, dir)?;
@@ -277,7 +299,8 @@ fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> 
         oom_score: spec.oom_score(),
         debug: log::log_enabled!(log::Level::Debug),
     };
-    Ok(launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?)
+    let vm = launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?;
+    Ok((vm, journal))
 }
 
 fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Journal, StateError> {

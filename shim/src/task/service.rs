@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -30,6 +31,9 @@ const SERVICE_V2: &str = "containerd.task.v2.Task";
 
 /// What metrics are encoded as. Consumers go by this, not by the host's cgroup version.
 const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// How long Shutdown keeps its caller. containerd gives it three seconds.
+const SHUTDOWN_ANSWER: Duration = Duration::from_millis(2500);
 
 const PROCESS_DETAILS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
 
@@ -259,14 +263,16 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        let in_use = self
-            .pod
-            .containers()
-            .iter()
-            .any(|container| container.id.as_str() != request.id || !container.is_stopped());
-        if !in_use {
-            self.pod.request_shutdown();
+        if self.pod.containers().iter().any(|container| container.id.as_str() != request.id) {
+            return Ok(Empty::default());
         }
+        let pod = self.pod.clone();
+        let ending = tokio::spawn(async move {
+            delete::hear_out(&pod).await;
+            pod.request_shutdown();
+        });
+        // Whoever asks has no patience for output that is long in coming; it is waited for all the same.
+        let _ = tokio::time::timeout(SHUTDOWN_ANSWER, ending).await;
         Ok(Empty::default())
     }
 }

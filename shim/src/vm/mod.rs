@@ -135,18 +135,19 @@ impl Vm {
         self.streams.close(port);
     }
 
-    /// Puts a disk into an empty slot.
+    /// Puts a disk, made of one or more files, into an empty slot.
     ///
     /// # Errors
     /// When the VMM refuses, does not answer in time, or is gone.
     pub async fn attach_disk(
         &self,
         slot: u8,
-        disk: BorrowedFd<'_>,
+        files: &[BorrowedFd<'_>],
         read_only: bool,
         deadline: Instant,
     ) -> Result<(), ControlError> {
-        self.request(Command::AttachDisk { slot, read_only }, &[(FdRole::Disk, disk)], deadline).await
+        let fds: Vec<_> = files.iter().map(|file| (FdRole::Disk, *file)).collect();
+        self.request(Command::AttachDisk { slot, read_only }, &fds, deadline).await
     }
 
     /// Empties a slot.

@@ -4,18 +4,22 @@ use super::options::MountOptions;
 use super::tree::{Tree, kind};
 use crate::engine::error::{Context, Error, Result};
 use crate::engine::idmap;
+use crate::sockets;
 use crate::sys::mountfd::{self, Attributes, FsContext};
 use nix::sys::stat::{SFlag, fstat};
 use oci_spec::runtime::Mount;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use vmshim_protocol::agent::SOCKET_SOURCE;
 use vmshim_protocol::shared::SOURCE_PREFIX;
 
 /// What mounting needs to know about the container.
 pub struct Surroundings<'a> {
     /// The root of the virtio-fs mount.
     pub shared: &'a Path,
+    /// The container's own directory in the guest.
+    pub directory: &'a Path,
     /// The container's cgroup.
     pub cgroup: &'a Path,
     /// Whether it has a cgroup namespace.
@@ -217,7 +221,13 @@ impl Job<'_> {
     fn source(&self) -> Result<OwnedFd> {
         let field = format!("{}.source", self.field);
         let source = self.mount.source().as_deref().ok_or_else(|| Error::invalid(&field, "is missing"))?;
-        match source.to_str().and_then(|source| source.strip_prefix(SOURCE_PREFIX)) {
+        let strip = |prefix| source.to_str().and_then(|source| source.strip_prefix(prefix));
+        if let Some(number) = strip(SOCKET_SOURCE) {
+            let number = number.parse::<u32>().map_err(|_| Error::invalid(&field, "names no socket"))?;
+            let path = self.around.directory.join(sockets::DIRECTORY).join(number.to_string());
+            return open_location(&path).doing(|| format!("open {field} {}", source.display()));
+        }
+        match strip(SOURCE_PREFIX) {
             Some(relative) => open_shared(self.around.shared, Path::new(relative)),
             None if source.is_absolute() => open_location(source),
             None => return Err(Error::invalid(field, "is neither absolute nor in the shared directory")),

@@ -29,9 +29,9 @@ fn a_slot_takes_one_disk_at_a_time() {
     let mut blk = Blk::new(3);
     assert_eq!(capacity(&blk), 0);
     assert!(!blk.detach());
-    assert!(blk.attach(file(8), false).unwrap());
+    assert!(blk.attach(vec![file(8)], false).unwrap());
     assert_eq!(capacity(&blk), 8);
-    assert!(!blk.attach(file(9), false).unwrap());
+    assert!(!blk.attach(vec![file(9)], false).unwrap());
     assert_eq!(capacity(&blk), 8);
     assert!(blk.detach());
     assert_eq!(capacity(&blk), 0);
@@ -42,7 +42,7 @@ fn only_a_disk_that_is_there_at_boot_is_advertised_as_read_only() {
     let mut blk = Blk::new(0);
     assert_eq!(blk.features() & feature::READ_ONLY, 0);
     assert_ne!(blk.features() & feature::DISCARD, 0);
-    blk.attach(file(8), true).unwrap();
+    blk.attach(vec![file(8)], true).unwrap();
     assert_ne!(blk.features() & feature::READ_ONLY, 0);
     assert_eq!(blk.features() & (feature::DISCARD | feature::WRITE_ZEROES), 0);
 }

@@ -39,11 +39,33 @@ impl Buffers {
         self.bytes
     }
 
-    /// What is left, for the system call. None when it is nothing.
-    pub fn remaining(&self) -> Option<(*const iovec, c_int)> {
-        let rest = self.vectors.get(self.first..).filter(|rest| !rest.is_empty())?;
-        let limit = usize::try_from(libc::UIO_MAXIOV).unwrap_or(1);
-        Some((rest.as_ptr(), c_int::try_from(rest.len().min(limit)).unwrap_or(1)))
+    /// Whether all is used up.
+    pub fn is_empty(&self) -> bool {
+        self.first == self.vectors.len()
+    }
+
+    /// What comes next, at most `limit` bytes of it, for the system call. None when it is nothing.
+    pub fn front(&mut self, limit: usize) -> Option<(*const iovec, c_int)> {
+        let most = usize::try_from(libc::UIO_MAXIOV).unwrap_or(1);
+        let mut left = limit;
+        let mut count = 0;
+        while let Some(vector) = self.vectors.get_mut(self.first + count)
+            && left > 0
+            && count < most
+        {
+            if vector.iov_len > left {
+                let rest = iovec {
+                    iov_base: vector.iov_base.wrapping_byte_add(left),
+                    iov_len: vector.iov_len - left,
+                };
+                vector.iov_len = left;
+                self.vectors.insert(self.first + count + 1, rest);
+            }
+            left -= self.vectors.get(self.first + count)?.iov_len;
+            count += 1;
+        }
+        let next = self.vectors.get(self.first..).filter(|_| count > 0)?;
+        Some((next.as_ptr(), c_int::try_from(count).ok()?))
     }
 
     /// Uses up `bytes` from the front.
@@ -81,7 +103,21 @@ mod tests {
         buffers.advance(70);
         assert_eq!(lengths(&buffers), [50]);
         buffers.advance(50);
-        assert!(buffers.remaining().is_none());
+        assert!(buffers.is_empty() && buffers.front(100).is_none());
+    }
+
+    #[test]
+    fn the_front_ends_where_it_must() {
+        let mut buffers = Buffers::new(GuestRam::new(1 << 20).unwrap());
+        for (address, len) in [(0, 100), (8192, 50)] {
+            buffers.push(GuestAddress(address), len, Permissions::Read).unwrap();
+        }
+        assert_eq!(buffers.front(120).unwrap().1, 2);
+        assert_eq!(lengths(&buffers), [100, 20, 30]);
+        assert_eq!(buffers.front(40).unwrap().1, 1);
+        assert_eq!(lengths(&buffers), [40, 60, 20, 30]);
+        assert_eq!(buffers.front(1000).unwrap().1, 4);
+        assert!(buffers.front(0).is_none());
     }
 
     #[test]

@@ -68,12 +68,12 @@ impl Blk {
         Self { serial, disk: None, service: None, interrupt: None, statistics }
     }
 
-    /// Puts a disk into the slot. False when there is one already.
-    pub fn attach(&mut self, fd: OwnedFd, read_only: bool) -> Result<bool, DiskError> {
+    /// Puts a disk of one or more pieces into the slot. False when there is one already.
+    pub fn attach(&mut self, pieces: Vec<OwnedFd>, read_only: bool) -> Result<bool, DiskError> {
         if self.disk.is_some() {
             return Ok(false);
         }
-        self.disk = Some(Disk::new(fd, read_only)?);
+        self.disk = Some(Disk::new(pieces, read_only)?);
         self.announce();
         Ok(true)
     }

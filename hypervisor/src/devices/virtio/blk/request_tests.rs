@@ -31,7 +31,7 @@ impl Bench {
     fn new(read_only: bool) -> Self {
         let file = tempfile::tempfile().unwrap();
         file.set_len(SECTORS * SECTOR).unwrap();
-        let disk = Disk::new(file.try_clone().unwrap().into(), read_only).unwrap();
+        let disk = Disk::new(vec![file.try_clone().unwrap().into()], read_only).unwrap();
         Self { memory: GuestRam::new(RAM).unwrap(), file, disk }
     }
 

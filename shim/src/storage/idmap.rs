@@ -1,0 +1,115 @@
+//! Owners of files as a mount shows them: idmapped mounts, whose maps are those of a user namespace.
+//!
+//! The namespace is made by a child that does nothing else, so that no process of the shim's is ever in it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+/// The kernel's limit on lines of a map.
+const MOST_MAPPINGS: usize = 340;
+
+/// A range of ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    /// The first on disk.
+    #[serde(rename = "containerID")]
+    pub container: u32,
+    /// The first in the mount.
+    #[serde(rename = "hostID")]
+    pub host: u32,
+    /// How many.
+    pub size: u32,
+}
+
+/// What a mount's owners become.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdMap {
+    /// Users.
+    pub uids: Vec<Mapping>,
+    /// Groups.
+    pub gids: Vec<Mapping>,
+}
+
+impl IdMap {
+    /// Whether the kernel could take it.
+    pub fn is_valid(&self) -> bool {
+        [&self.uids, &self.gids].into_iter().all(|maps| (1..=MOST_MAPPINGS).contains(&maps.len()))
+    }
+
+    /// A user namespace with these maps, which lives as long as the descriptor.
+    ///
+    /// # Errors
+    /// When the host refuses the maps, or has no user namespaces.
+    pub fn namespace(&self) -> io::Result<OwnedFd> {
+        let (mut ready, child_ready) = io::pipe()?;
+        let (child_go, go) = io::pipe()?;
+        let child = fork_idle(child_ready.as_raw_fd(), child_go.as_raw_fd(), go.as_raw_fd())?;
+        drop((child_ready, child_go));
+        let mut byte = [0];
+        let made = match ready.read(&mut byte) {
+            Ok(1) => self.write(child),
+            Ok(_) => Err(io::Error::other("no user namespace can be made")),
+            Err(error) => Err(error),
+        };
+        let namespace = made.and_then(|()| File::open(format!("/proc/{child}/ns/user"))).map(OwnedFd::from);
+        drop(go);
+        // The event loop may have reaped it already.
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None);
+        namespace
+    }
+
+    fn write(&self, pid: i32) -> io::Result<()> {
+        for (file, maps) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
+            let lines: String =
+                maps.iter().map(|map| format!("{} {} {}\n", map.container, map.host, map.size)).collect();
+            File::options().write(true).open(format!("/proc/{pid}/{file}"))?.write_all(lines.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// A child in a user namespace of its own, which says so by a byte and ends when the other pipe is closed.
+fn fork_idle(ready: i32, go: i32, parents_end: i32) -> io::Result<i32> {
+    // SAFETY: between fork and _exit the child makes system calls on integers and a byte of its own only, which is all
+    // that the child of a process with threads may do.
+    unsafe {
+        match Errno::result(libc::fork())? {
+            0 => {
+                let mut byte = 1u8;
+                // It would wait for itself.
+                libc::close(parents_end);
+                if libc::unshare(libc::CLONE_NEWUSER) == 0 {
+                    libc::write(ready, (&raw const byte).cast(), 1);
+                    libc::read(go, (&raw mut byte).cast(), 1);
+                }
+                libc::_exit(0)
+            }
+            child => Ok(child),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(container: u32, host: u32, size: u32) -> Vec<Mapping> {
+        vec![Mapping { container, host, size }]
+    }
+
+    #[test]
+    fn a_namespace_has_the_maps_and_bad_ones_are_refused() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let good = IdMap { uids: map(0, 1000, 10), gids: map(0, 2000, 10) };
+        assert!(good.is_valid() && good.namespace().is_ok());
+        assert!(IdMap { uids: map(0, 1, 0), ..good.clone() }.namespace().is_err());
+        assert!(!IdMap { gids: Vec::new(), ..good.clone() }.is_valid());
+        assert!(!IdMap { uids: map(0, 1, 1).repeat(341), ..good }.is_valid());
+    }
+}

@@ -1,0 +1,54 @@
+//! containerd going away under running containers.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::fixture::{BUSYBOX, host, stdout};
+
+/// How long a line of output may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn lines(log: &Path) -> usize {
+    fs::read_to_string(log).unwrap_or_default().lines().count()
+}
+
+fn wait_for_more(log: &Path, than: usize) {
+    let started = Instant::now();
+    while lines(log) <= than {
+        assert!(started.elapsed() < PATIENCE, "no more output");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_killed_containerd_finds_everything_again() {
+    let mut host = host();
+    let scratch = tempfile::tempdir().unwrap();
+    let log = scratch.path().join("log");
+    let uri = format!("file://{}", log.display());
+    let id = host.id();
+    let line = "trap 'exit 7' TERM; while :; do echo tick; sleep 0.2; done";
+    let runtime = vmshim_tests::containerd::VMSHIM;
+    host.ctr_ok(["run", "-d", "--runtime", runtime, "--log-uri", &uri, BUSYBOX, &id, "sh", "-c", line])
+        .unwrap();
+    host.ctr_ok(["task", "exec", "-d", "--exec-id", "long", &id, "sleep", "1000"]).unwrap();
+    let before = host.ctr_ok(["task", "ls"]).unwrap();
+
+    host.kill_and_restart().unwrap();
+
+    assert_eq!(host.ctr_ok(["task", "ls"]).unwrap(), before);
+    wait_for_more(&log, lines(&log));
+    let processes = host.ctr_ok(["task", "ps", &id]).unwrap();
+    assert!(processes.contains("long"), "{processes}");
+    let exec = host
+        .ctr(["task", "exec", "--exec-id", "new", &id, "sh", "-c", "echo here; exit 5"])
+        .output()
+        .unwrap();
+    assert_eq!((stdout(&exec).as_str(), exec.status.code()), ("here\n", Some(5)));
+    host.ctr_ok(["task", "kill", "--signal", "SIGTERM", &id]).unwrap();
+    let deleted = host.ctr(["task", "delete", &id]).output().unwrap();
+    assert_eq!(deleted.status.code(), Some(7), "{}", String::from_utf8_lossy(&deleted.stderr));
+    host.ctr_ok(["container", "rm", &id]).unwrap();
+    host.assert_nothing_left();
+}
