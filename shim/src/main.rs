@@ -13,6 +13,7 @@ mod ids;
 mod logging;
 mod oci;
 mod reaper;
+mod sandbox;
 mod serve;
 mod state;
 mod stdio;

@@ -14,6 +14,7 @@
 mod container;
 mod create;
 mod making;
+mod pod;
 mod process;
 mod request;
 
@@ -51,6 +52,8 @@ pub struct Containers {
     events: Arc<Events>,
     dialer: Box<dyn Dialer>,
     table: Mutex<HashMap<String, Entry>>,
+    /// Holds the pod's own namespaces, where it has such.
+    pod: tokio::sync::OnceCell<Arc<Process>>,
 }
 
 enum Entry {
@@ -62,7 +65,7 @@ enum Entry {
 impl Containers {
     /// An empty table.
     pub fn new(places: Places, reaper: Arc<Reaper>, events: Arc<Events>, dialer: Box<dyn Dialer>) -> Self {
-        Self { places, reaper, events, dialer, table: Mutex::default() }
+        Self { places, reaper, events, dialer, table: Mutex::default(), pod: tokio::sync::OnceCell::new() }
     }
 
     /// The container of this id.

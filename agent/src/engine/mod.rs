@@ -18,6 +18,7 @@ pub mod error;
 mod first;
 mod hooks;
 mod idmap;
+mod pod;
 pub mod process;
 pub mod rootfs;
 mod seccomp;
@@ -96,6 +97,7 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
             let (_, process) = Document::read(document, "process")?;
             added::make(agent, &plan, &process, *namespaces, fds)
         }
+        Task::Pod { hostname, sysctls } => pod::make(agent, hostname, sysctls),
     }
 }
 

@@ -7,4 +7,4 @@ mod transform;
 
 pub use limits::Limits;
 pub use spec::{Spec, SpecError};
-pub use transform::{HostBind, for_guest};
+pub use transform::{HostBind, Place, for_guest};

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+/// CRI's annotation for the pod of a container.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
 /// Why a spec cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -170,6 +173,11 @@ impl Spec {
     /// The `oom_score_adj` asked for.
     pub fn oom_score(&self) -> Option<i32> {
         self.process.oom_score_adj
+    }
+
+    /// The pod that CRI puts the container in.
+    pub fn sandbox_id(&self) -> Option<&str> {
+        self.annotation(SANDBOX_ID).filter(|id| !id.is_empty())
     }
 
     /// An annotation's value.

@@ -16,7 +16,7 @@ use super::pod::Pod;
 use super::process::{Phase, Process};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{Spec, for_guest};
+use crate::oci::{Place, Spec, for_guest};
 use crate::stdio::{Opened, Streams};
 use crate::storage::{Disk, MountRequest, Rootfs, Staging};
 use crate::timeline::{self, Mark};
@@ -36,7 +36,14 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
     if let Some(options) = request.options.as_ref() {
         RuntimeOptions::from_any(options)?;
     }
-    let vm = pod.vm()?.clone();
+    let bundle = PathBuf::from(&request.bundle);
+    let vm = match pod.vm() {
+        // No sandbox either: the bundle is what is wrong.
+        Err(TaskError::NoSandbox) => {
+            return Err(Spec::read(&bundle).err().map_or(TaskError::NoSandbox, TaskError::from));
+        }
+        vm => vm?.clone(),
+    };
     let streams = Streams {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),
@@ -44,7 +51,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
         terminal: request.terminal,
     };
     let init = Process::new(String::new(), streams, Phase::Creating);
-    let container = Arc::new(Container::new(id, PathBuf::from(&request.bundle), init));
+    let container = Arc::new(Container::new(id, bundle, init));
     pod.add(&container)?;
     log::debug!("container {} is asked for", container.id);
     let built = timeout_at(deadline, build(pod, &vm, &container, &request, deadline)).await;
@@ -71,7 +78,12 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
-    let binds = for_guest(&mut spec, &container.bundle, &container.id)?;
+    let place = match spec.sandbox_id() {
+        _ if pod.sandbox.is_there() => Place::Sandboxed,
+        Some(_) if container.id != pod.id => Place::Member { sandbox: &pod.id, pid: pod.task_pid() },
+        _ => Place::Alone,
+    };
+    let binds = for_guest(&mut spec, &container.bundle, &container.id, place)?;
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;

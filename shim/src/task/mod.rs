@@ -19,5 +19,5 @@ mod signal;
 mod tests;
 
 pub use error::TaskError;
-pub use pod::{BootError, Pod, configure};
-pub use service::services;
+pub use pod::{BootError, Pod, Shape, configure};
+pub use service::{METRICS_TYPE, services};

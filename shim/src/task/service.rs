@@ -29,7 +29,7 @@ const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
 
 /// What metrics are encoded as. Consumers go by this, not by the host's cgroup version.
-const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 const PROCESS_DETAILS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
 
@@ -264,7 +264,8 @@ impl Task for Service {
             .containers()
             .iter()
             .any(|container| container.id.as_str() != request.id || !container.is_stopped());
-        if !in_use {
+        let sandbox_lives = self.pod.sandbox.is_running() && request.id != self.pod.id.as_str();
+        if !in_use && !sandbox_lives {
             self.pod.request_shutdown();
         }
         Ok(Empty::default())
