@@ -28,7 +28,8 @@ impl Pod {
         metadata.uid.clone_from(&metadata.name);
         "default".clone_into(&mut metadata.namespace);
         let linux = config.linux.mut_or_insert_default();
-        let options = linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+        let options =
+            linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
         options.pid = pid.into();
         let request = RunPodSandboxRequest {
             config: Some(config.clone()).into(),
@@ -55,12 +56,8 @@ impl Pod {
         name.clone_into(&mut config.metadata.mut_or_insert_default().name);
         BUSYBOX.clone_into(&mut config.image.mut_or_insert_default().image);
         let linux = config.linux.mut_or_insert_default();
-        linux.security_context.mut_or_insert_default().namespace_options = self
-            .config
-            .linux
-            .security_context
-            .namespace_options
-            .clone();
+        linux.security_context.mut_or_insert_default().namespace_options =
+            self.config.linux.security_context.namespace_options.clone();
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config).into(),

@@ -144,12 +144,14 @@ impl Containerd {
     /// # Errors
     /// When `ctr` refuses it.
     pub fn import_for_pods(&self, archive: &Path) -> Result<()> {
-        self.ctr(["--namespace", "k8s.io", "image", "import"]).arg(archive).output().map_err(Into::into).and_then(
-            |output| {
+        self.ctr(["--namespace", "k8s.io", "image", "import"])
+            .arg(archive)
+            .output()
+            .map_err(Into::into)
+            .and_then(|output| {
                 ensure!(output.status.success(), "ctr failed: {}", String::from_utf8_lossy(&output.stderr));
                 Ok(())
-            },
-        )
+            })
     }
 
     /// Whether the daemon can leave a pod's sandbox to the shim.

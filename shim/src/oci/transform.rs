@@ -31,6 +31,10 @@ pub struct HostBind {
 const UNIVERSAL_DEVICES: [(i64, i64); 10] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 229)];
 
+/// The AppArmor profiles that containerd, nerdctl and Docker give every container.
+const DEFAULT_PROFILES: [&str; 5] =
+    ["", "unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
+
 /// Controllers whose limits name the host's devices, CPUs or network classes.
 const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
 
@@ -78,7 +82,7 @@ pub fn for_guest(
     spec.linux.cgroups_path = format!("/{id}");
     spec.linux.devices.retain(is_universal);
     // The host's security modules are not in the guest.
-    spec.process.rest.remove("apparmorProfile");
+    take_apparmor_profile(spec)?;
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
     if spec.hooks.take().is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty())) {
@@ -176,6 +180,20 @@ fn transform_namespace(namespace: &mut Namespace, place: Place<'_>) -> Result<()
     Ok(())
 }
 
+/// A profile that is everybody's confines the host's processes, of which a guest has none; one that somebody chose is
+/// more than can be given.
+fn take_apparmor_profile(spec: &mut Spec) -> Result<(), SpecError> {
+    let profile = spec.process.rest.remove("apparmorProfile");
+    match profile.as_ref().and_then(|profile| profile.as_str()) {
+        Some(profile) if !DEFAULT_PROFILES.contains(&profile) => {
+            let problem =
+                format!("names the profile {profile}, which a guest without AppArmor cannot enforce");
+            Err(SpecError::Field { field: "process.apparmorProfile", problem })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn transform_resources(spec: &mut Spec) {
     let resources = &mut spec.linux.resources;
     for name in HOST_RESOURCES {
@@ -265,7 +283,7 @@ mod tests {
     #[test]
     fn what_names_the_host_is_gone() {
         let (spec, _) = transform(json!({
-            "process": { "args": ["a"], "apparmorProfile": "p", "selinuxLabel": "l" },
+            "process": { "args": ["a"], "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "l" },
             "hooks": { "prestart": [] },
             "linux": {
                 "cgroupsPath": "system.slice:a:b",
@@ -325,6 +343,13 @@ mod tests {
             let error = transform_in(with_namespace(kind, path), place).unwrap_err().to_string();
             assert!(error.contains("linux.namespaces") && error.contains(path), "{error}");
         }
+    }
+
+    #[test]
+    fn a_chosen_apparmor_profile_is_refused_by_name() {
+        let spec = json!({ "process": { "args": ["a"], "apparmorProfile": "k8s-nginx" } });
+        let error = transform(spec).unwrap_err().to_string();
+        assert!(error.contains("process.apparmorProfile") && error.contains("k8s-nginx"), "{error}");
     }
 
     #[test]

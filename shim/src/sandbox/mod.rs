@@ -4,6 +4,7 @@
 //! begins and ends, and namespaces that the guest itself holds. The requests are containerd's and trusted; what they
 //! name on the host (a network namespace, placeholders of others) is not opened here.
 
+mod files;
 mod life;
 mod request;
 mod service;
@@ -14,6 +15,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+pub use files::mounts;
 pub use life::Life;
 pub use service::services;
 

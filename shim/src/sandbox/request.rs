@@ -1,6 +1,6 @@
 //! What CRI says of a sandbox: the few fields of its `PodSandboxConfig` that a guest is made from.
 //!
-//! The message has no Rust type here, because six fields of it are read and some hundred are not. Its fields are found
+//! The message has no Rust type here, because some ten fields of it are read and some hundred are not. Its fields are found
 //! by their numbers, which CRI's v1 has promised to keep.
 
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ const TYPE: &str = "runtime.v1.PodSandboxConfig";
 
 /// `PodSandboxConfig`.
 const HOSTNAME: u32 = 2;
+const DNS: u32 = 4;
 const LINUX: u32 = 8;
 /// `LinuxPodSandboxConfig`.
 const CGROUP_PARENT: u32 = 1;
@@ -24,6 +25,11 @@ const RESOURCES: u32 = 5;
 const CPU_PERIOD: u32 = 1;
 const CPU_QUOTA: u32 = 2;
 const MEMORY_LIMIT: u32 = 4;
+
+/// `DNSConfig`.
+const SERVERS: u32 = 1;
+const SEARCHES: u32 = 2;
+const OPTIONS: u32 = 3;
 
 /// The options are not the message that their type says.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +47,34 @@ pub struct SandboxConfig {
     pub sysctls: HashMap<String, String>,
     /// The sum of those of its containers.
     pub limits: Limits,
+    /// Where the pod has a resolver of its own.
+    pub dns: Option<Dns>,
+}
+
+/// What is in `resolv.conf`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    servers: Vec<String>,
+    searches: Vec<String>,
+    options: Vec<String>,
+}
+
+impl Dns {
+    /// The file's text. A word with white space in it would be another line, and is left out.
+    pub fn resolv_conf(&self) -> String {
+        let clean = |words: &[String]| {
+            let words = words.iter().filter(|word| !word.is_empty() && !word.contains(char::is_whitespace));
+            words.cloned().collect::<Vec<_>>()
+        };
+        let mut text = String::new();
+        for (key, words) in [("search", clean(&self.searches)), ("options", clean(&self.options))] {
+            if !words.is_empty() {
+                text.push_str(&format!("{key} {}\n", words.join(" ")));
+            }
+        }
+        clean(&self.servers).iter().for_each(|server| text.push_str(&format!("nameserver {server}\n")));
+        text
+    }
 }
 
 impl SandboxConfig {
@@ -57,6 +91,7 @@ impl SandboxConfig {
         for_each_field(&options.value, |number, value| {
             match (number, value) {
                 (HOSTNAME, UnknownValueRef::LengthDelimited(text)) => config.hostname = string(text),
+                (DNS, UnknownValueRef::LengthDelimited(dns)) => config.dns = Some(read_dns(dns)?),
                 (LINUX, UnknownValueRef::LengthDelimited(linux)) => config.read_linux(linux)?,
                 _ => {}
             }
@@ -99,6 +134,20 @@ impl SandboxConfig {
             Ok(())
         })
     }
+}
+
+fn read_dns(message: &[u8]) -> Result<Dns, Malformed> {
+    let mut dns = Dns::default();
+    for_each_field(message, |number, value| {
+        match (number, value) {
+            (SERVERS, UnknownValueRef::LengthDelimited(text)) => dns.servers.push(string(text)),
+            (SEARCHES, UnknownValueRef::LengthDelimited(text)) => dns.searches.push(string(text)),
+            (OPTIONS, UnknownValueRef::LengthDelimited(text)) => dns.options.push(string(text)),
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok(dns)
 }
 
 fn for_each_field(
@@ -144,6 +193,17 @@ mod tests {
         assert_eq!(config.sysctls["net.core.somaxconn"], "1");
         let limits = Limits { quota: 150_000, period: 100_000, memory: 1 << 30, partial: true };
         assert_eq!(config.limits, limits);
+    }
+
+    #[test]
+    fn a_resolver_is_written_line_by_line() {
+        let dns = message(
+            &[(1, b"10.0.0.10"), (2, b"svc.local"), (2, b"a\nnameserver 6.6.6.6"), (3, b"ndots:5")],
+            &[],
+        );
+        let config = SandboxConfig::from_options(Some(&options(message(&[(4, &dns)], &[])))).unwrap();
+        let expected = "search svc.local\noptions ndots:5\nnameserver 10.0.0.10\n";
+        assert_eq!(config.dns.unwrap().resolv_conf(), expected);
     }
 
     #[test]

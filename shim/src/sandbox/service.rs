@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use ttrpc::asynchronous::{Service as Dispatch, TtrpcContext};
 use vmshim_protocol::agent as api;
 
+use super::files;
 use super::life::Stage;
 use super::request::SandboxConfig;
 use crate::cgroup::Cgroup;
@@ -73,20 +74,33 @@ impl Service {
         };
         self.pod.sandbox.create()?;
         self.pod.launch(Ok(Shape { limits: config.limits, cgroup, oom_score: None }));
-        *self.requested() = Requested { netns_path: request.netns_path, pod: config };
-        let vm = match self.pod.vm() {
-            Ok(vm) => vm.clone(),
+        match self.furnish(&config, request.options.is_some()) {
+            Ok(()) => *self.requested() = Requested { netns_path: request.netns_path, pod: config },
             Err(error) => {
                 self.pod.sandbox.stop(KILLED, SystemTime::now());
                 return Err(error);
             }
-        };
+        }
+        let vm = self.pod.vm()?.clone();
         let pod = self.pod.clone();
         tokio::spawn(async move {
             vm.ended().await;
             pod.sandbox.stop(KILLED, SystemTime::now());
         });
         Ok(())
+    }
+
+    /// Makes what is needed of the host besides the VM, whose shared directory is there as soon as it is started.
+    fn furnish(&self, config: &SandboxConfig, with_files: bool) -> Result<(), TaskError> {
+        self.pod.vm()?;
+        if !with_files {
+            return Ok(());
+        }
+        let place = self.pod.dir.shared().join(self.pod.id.as_str());
+        files::write(&place, config).map_err(|error| {
+            log::error!("the pod's files in /etc cannot be written: {error}");
+            TaskError::Internal("write the pod's files")
+        })
     }
 }
 

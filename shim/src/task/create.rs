@@ -17,6 +17,7 @@ use super::process::{Phase, Process};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
 use crate::oci::{Place, Spec, for_guest};
+use crate::sandbox;
 use crate::stdio::{Opened, Streams};
 use crate::storage::{Disk, MountRequest, Rootfs, Staging};
 use crate::timeline::{self, Mark};
@@ -83,6 +84,11 @@ async fn build(
         Some(_) if container.id != pod.id => Place::Member { sandbox: &pod.id, pid: pod.task_pid() },
         _ => Place::Alone,
     };
+    if matches!(place, Place::Sandboxed) {
+        for (source, destination) in sandbox::mounts(&pod.dir.shared().join(pod.id.as_str())) {
+            spec.bind_by_default(&source, &destination);
+        }
+    }
     let binds = for_guest(&mut spec, &container.bundle, &container.id, place)?;
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
