@@ -8,6 +8,8 @@ mod files;
 mod life;
 mod request;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -34,7 +36,7 @@ pub fn is_sandbox(bundle: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+mod outline_tests {
     use super::*;
 
     #[test]
