@@ -27,3 +27,9 @@ pub const SOCKET_SOURCE: &str = "vmshim-socket:";
 /// The path of a namespace in a spec for the agent, followed by the id of the container in the same guest whose
 /// namespace is joined.
 pub const CONTAINER_NAMESPACE: &str = "vmshim-container:";
+
+/// The path of a namespace in a spec for the agent where the pod's own is joined.
+pub const POD_NAMESPACE: &str = "vmshim-pod";
+
+/// The directory of the guest that is the pod's shared memory: a file system of its own, for bind mounts by path.
+pub const POD_SHARED_MEMORY: &str = "/dev/shm";

@@ -7,7 +7,9 @@ const MAX_LENGTH: usize = 128;
 
 /// A name is not one that containerd can have checked.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a valid name: use letters, digits, '.', '_' and '-', beginning with a letter or digit")]
+#[error(
+    "{0:?} is not a valid name: use letters, digits, '.', '_', '-' and '#', beginning with a letter or digit"
+)]
 pub struct InvalidName(String);
 
 /// A container id, sandbox id or namespace: one harmless path component.
@@ -15,12 +17,12 @@ pub struct InvalidName(String);
 pub struct Name(String);
 
 impl Name {
-    /// Checks a name by containerd's own rule.
+    /// Checks a name by containerd's own rule, with '#', which other clients of a shim number their sandboxes with.
     ///
     /// # Errors
     /// Anything that could be more, or less, than one path component.
     pub fn new(text: &str) -> Result<Self, InvalidName> {
-        let harmless = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let harmless = |byte: u8| byte.is_ascii_alphanumeric() || b"._-#".contains(&byte);
         let begins_well = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
         if begins_well && text.len() <= MAX_LENGTH && text.bytes().all(harmless) {
             Ok(Self(text.to_owned()))
@@ -49,7 +51,7 @@ mod tests {
 
     #[test]
     fn containerds_names_pass() {
-        for name in ["default", "k8s.io", "a", "0123456789abcdef", "my_app-1.2"] {
+        for name in ["default", "k8s.io", "a", "0123456789abcdef", "my_app-1.2", "test#01"] {
             assert_eq!(Name::new(name).unwrap().as_str(), name);
         }
     }

@@ -14,6 +14,7 @@ mod ids;
 mod logging;
 mod oci;
 mod reaper;
+mod sandbox;
 mod serve;
 mod state;
 mod stdio;

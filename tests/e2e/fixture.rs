@@ -39,6 +39,9 @@ pub fn host() -> Host {
         let scratch = directory("VMSHIM_TEST_DIR").join("containerd");
         let daemon = Containerd::start(&directory("VMSHIM_TEST_CONTAINERD"), &scratch).unwrap();
         daemon.import(&directory("VMSHIM_TEST_IMAGES").join("busybox.tar"), "overlayfs").unwrap();
+        for image in ["busybox.tar", "pause.tar"] {
+            daemon.import_for_pods(&directory("VMSHIM_TEST_IMAGES").join(image)).unwrap();
+        }
         Mutex::new(daemon)
     });
     let daemon = daemon.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,7 +2,7 @@
 //!
 //! `scripts/test` runs them in the test host, with these variables:
 //! * `VMSHIM_TEST_CONTAINERD`: the directory of containerd's programs, with runc,
-//! * `VMSHIM_TEST_IMAGES`: a directory with `busybox.tar` and `debian.tar`,
+//! * `VMSHIM_TEST_IMAGES`: a directory with `busybox.tar`, `debian.tar` and `pause.tar`,
 //! * `VMSHIM_TEST_DIR`: a scratch directory on which overlayfs can have its upper directories.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -16,6 +16,7 @@ mod isolation;
 mod kill;
 mod layers;
 mod limits;
+mod pods;
 mod restart;
 mod run;
 mod shim;

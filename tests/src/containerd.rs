@@ -42,7 +42,10 @@ impl Containerd {
         if !scratch.exists() {
             image::make_ext4(&scratch, 64 << 20)?;
         }
-        fs::write(directory.join("config.toml"), configuration(directory, is_version_2(programs)?))?;
+        fs::write(directory.join("config.toml"), configuration(programs, directory)?)?;
+        let networks = directory.join("cni");
+        fs::create_dir_all(&networks)?;
+        fs::write(networks.join("10-pods.conflist"), PODS_NETWORK)?;
         let daemon = spawn(programs, directory)?;
         let (directory, programs) = (directory.to_owned(), programs.to_owned());
         let mut this = Self { directory, programs, daemon, listener: None };
@@ -163,6 +166,26 @@ impl Containerd {
         is_version_2(&self.programs)
     }
 
+    /// Imports an OCI archive for CRI.
+    ///
+    /// # Errors
+    /// When `ctr` refuses it.
+    pub fn import_for_pods(&self, archive: &Path) -> Result<()> {
+        self.ctr(["--namespace", "k8s.io", "image", "import"])
+            .arg(archive)
+            .output()
+            .map_err(Into::into)
+            .and_then(|output| {
+                ensure!(output.status.success(), "ctr failed: {}", String::from_utf8_lossy(&output.stderr));
+                Ok(())
+            })
+    }
+
+    /// Whether the daemon can leave a pod's sandbox to the shim.
+    pub fn sandboxes_are_the_shims(&self) -> bool {
+        is_version_2(&self.programs).unwrap_or(false)
+    }
+
     fn wait_until_serving(&self) -> Result<()> {
         // The daemon tells nobody when it is ready, so this is the one place that has to ask again.
         let started = Instant::now();
@@ -216,17 +239,19 @@ fn is_version_2(programs: &Path) -> Result<bool> {
     Ok(major.parse::<u32>().with_context(|| format!("containerd's version is {version}"))? >= 2)
 }
 
-fn configuration(directory: &Path, is_version_2: bool) -> String {
-    // What makes erofs layers; a containerd before 2 refuses the setting.
-    let erofs = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
-    let differ = if is_version_2 { erofs } else { "" };
-    let directory = directory.display();
-    format!(
+/// A cable from each pod to the host, which needs nothing of the host's that would be left behind.
+const PODS_NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "ptp",
+  "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]}}]}
+"#;
+
+fn configuration(programs: &Path, directory: &Path) -> Result<String> {
+    let plugins = programs.join("../lib/cni");
+    let (directory, plugins) = (directory.display(), plugins.display());
+    let common = format!(
         r#"version = 2
 root = "{directory}/root"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-  "io.containerd.nri.v1.nri"]
+disabled_plugins = ["io.containerd.nri.v1.nri"]
 [grpc]
   address = "{directory}/containerd.sock"
 [plugins."io.containerd.snapshotter.v1.blockfile"]
@@ -234,8 +259,25 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   scratch_file = "{directory}/blockfile/scratch.ext4"
   fs_type = "ext4"
   mount_options = []
-{differ}"#
-    )
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "docker.io/library/pause:latest"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "{plugins}"
+  conf_dir = "{directory}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim]
+  runtime_type = "{VMSHIM}"
+"#
+    );
+    // What a containerd before 2 refuses or does not have: layers in erofs, and sandboxes that are the shim's.
+    let version_2 = format!(
+        r#"[plugins."io.containerd.service.v1.diff-service"]
+  default = ["erofs", "walking"]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-sandbox]
+  runtime_type = "{VMSHIM}"
+  sandboxer = "shim"
+"#
+    );
+    Ok(if is_version_2(programs)? { common + &version_2 } else { common })
 }
 
 /// The last lines of a log.

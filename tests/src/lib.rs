@@ -5,5 +5,6 @@
 pub mod bench;
 pub mod census;
 pub mod containerd;
+pub mod cri;
 pub mod image;
 pub mod timeline;

@@ -10,6 +10,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use vmshim_protocol::agent::POD_SHARED_MEMORY;
 
 const STRICT: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
@@ -26,7 +27,8 @@ const ESSENTIAL: &[(&str, &str, MsFlags, &str)] = &[
         MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         "newinstance,ptmxmode=0666,mode=0620,gid=5",
     ),
-    ("tmpfs", "/dev/shm", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=1777"),
+    // The pod's shared memory, of the size that containerd gives it on a host.
+    ("tmpfs", POD_SHARED_MEMORY, STRICT, "mode=1777,size=65536k"),
     ("mqueue", "/dev/mqueue", STRICT, ""),
     ("cgroup2", "/sys/fs/cgroup", STRICT, "nsdelegate,memory_recursiveprot"),
 ];

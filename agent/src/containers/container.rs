@@ -162,19 +162,7 @@ impl Container {
 
     /// The container's use of resources, as containerd's encoded message.
     pub async fn stats(&self) -> Result<Vec<u8>, Failure> {
-        let path = self.cgroup.clone();
-        on_thread(move || {
-            let metrics = Cgroup::open(&path).and_then(|cgroup| stats::read(&cgroup)).map_err(|error| {
-                match error.kind() {
-                    io::ErrorKind::NotFound => {
-                        Failure::new(Kind::NotFound, "the container has no cgroup any more")
-                    }
-                    _ => internal("read the container's cgroup", &error),
-                }
-            })?;
-            metrics.write_to_bytes().map_err(|error| Failure::new(Kind::Internal, error.to_string()))
-        })
-        .await
+        read_stats(self.cgroup.clone()).await
     }
 
     /// Changes the container's limits.
@@ -359,6 +347,23 @@ impl Container {
         // Nothing that holds the lock can panic half-way.
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A cgroup's use of resources, as containerd's encoded message.
+pub async fn read_stats(path: PathBuf) -> Result<Vec<u8>, Failure> {
+    on_thread(move || {
+        let metrics =
+            Cgroup::open(&path).and_then(|cgroup| stats::read(&cgroup)).map_err(|error| {
+                match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        Failure::new(Kind::NotFound, "the container has no cgroup any more")
+                    }
+                    _ => internal("read the container's cgroup", &error),
+                }
+            })?;
+        metrics.write_to_bytes().map_err(|error| Failure::new(Kind::Internal, error.to_string()))
+    })
+    .await
 }
 
 async fn kill_and_wait(process: &Process) {

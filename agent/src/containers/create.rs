@@ -3,6 +3,7 @@
 use super::container::Container;
 use super::making::{self, internal};
 use super::process::{Process, Stage, Waiting};
+use super::request::Donor;
 use super::{Containers, Entry, check_id, request, teardown};
 use crate::engine::wire::{Document, Plan, Task};
 use crate::failure::{Failure, Kind};
@@ -82,7 +83,7 @@ impl Containers {
             listeners,
         ));
         let donors: Vec<BorrowedFd<'_>> =
-            donors.iter().filter_map(|donor| donor.first.pidfd()).map(AsFd::as_fd).collect();
+            donors.iter().filter_map(|donor| donor.pidfd()).map(AsFd::as_fd).collect();
         let process = container.first.clone();
         let document = container.document();
         self.make_process(&container, &process, document, &donors, &stdio).await?;
@@ -90,15 +91,18 @@ impl Containers {
         Ok(container)
     }
 
-    /// A container whose namespaces another one joins.
-    fn donor(&self, id: &str) -> Result<Arc<Container>, Failure> {
-        let donor = self.get(id)?;
-        match donor.first.stage() {
+    /// The process whose namespaces a container joins.
+    fn donor(&self, donor: &Donor) -> Result<Arc<Process>, Failure> {
+        let (process, name) = match donor {
+            Donor::Pod => (self.pod()?, "the pod".to_owned()),
+            Donor::Container(id) => (self.get(id)?.first.clone(), format!("container \"{id}\"")),
+        };
+        match process.stage() {
             Stage::Exited(_) => Err(Failure::new(
                 Kind::FailedPrecondition,
-                format!("container \"{id}\" has stopped and has no namespaces to join"),
+                format!("{name} has stopped and has no namespaces to join"),
             )),
-            _ => Ok(donor),
+            _ => Ok(process),
         }
     }
 

@@ -14,6 +14,7 @@
 mod container;
 mod create;
 mod making;
+mod pod;
 mod process;
 mod request;
 
@@ -54,6 +55,8 @@ pub struct Containers {
     dialer: Box<dyn Dialer>,
     sockets: Arc<Sockets>,
     table: Mutex<HashMap<String, Entry>>,
+    /// Holds the pod's own namespaces, where it has such.
+    pod: tokio::sync::OnceCell<Arc<Process>>,
 }
 
 enum Entry {
@@ -66,7 +69,8 @@ impl Containers {
     /// An empty table.
     pub fn new(places: Places, reaper: Arc<Reaper>, events: Arc<Events>, dialer: Box<dyn Dialer>) -> Self {
         let sockets = Arc::new(Sockets::new(events.clone()));
-        Self { places, reaper, events, dialer, sockets, table: Mutex::default() }
+        let pod = tokio::sync::OnceCell::new();
+        Self { places, reaper, events, dialer, sockets, table: Mutex::default(), pod }
     }
 
     /// The container of this id.
@@ -147,7 +151,7 @@ impl Containers {
 /// An id becomes the name of a directory and of a cgroup.
 pub fn check_id(what: &str, id: &str) -> Result<(), Failure> {
     const LONGEST: usize = 200;
-    let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'+');
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'+' | b'#');
     let fine = !id.is_empty() && id.len() <= LONGEST && id.bytes().all(letter) && !id.starts_with('.');
     if fine {
         return Ok(());
@@ -155,7 +159,7 @@ pub fn check_id(what: &str, id: &str) -> Result<(), Failure> {
     Err(Failure::new(
         Kind::InvalidArgument,
         format!(
-            "{what} {id:?} must be 1 to {LONGEST} letters, digits, \"_\", \"-\", \"+\" or \".\", not beginning with \".\""
+            "{what} {id:?} must be 1 to {LONGEST} letters, digits, \"_\", \"-\", \"+\", \"#\" or \".\", not beginning with \".\""
         ),
     ))
 }
@@ -166,7 +170,7 @@ mod tests {
 
     #[test]
     fn ids_are_names() {
-        for good in ["a", "7f3-x_y.z", "A+b"] {
+        for good in ["a", "7f3-x_y.z", "A+b", "a#01"] {
             assert!(check_id("container id", good).is_ok(), "{good}");
         }
         for bad in ["", ".", "..", ".x", "a/b", "a b", "ä", "a\n", &"x".repeat(300)] {

@@ -9,6 +9,15 @@ use std::path::PathBuf;
 use vmshim_protocol::agent::root_filesystem::Source;
 use vmshim_protocol::agent::{self as proto, CONTAINER_NAMESPACE, RootFilesystem, Stdio};
 
+/// Whose namespace a container joins.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Donor {
+    /// The pod's own.
+    Pod,
+    /// That of the container of this id.
+    Container(String),
+}
+
 /// The few parts of a spec that the agent itself has to know; the engine reads all of it.
 #[derive(Debug, Default, Deserialize)]
 struct Outline {
@@ -29,8 +38,8 @@ struct NamespaceOutline {
     path: Option<String>,
 }
 
-/// The namespaces of a spec, and the ids of the containers whose are joined.
-pub fn namespaces(spec: &[u8]) -> Result<(Namespaces, Vec<(i32, String)>), Failure> {
+/// The namespaces of a spec, and whose are joined.
+pub fn namespaces(spec: &[u8]) -> Result<(Namespaces, Vec<(i32, Donor)>), Failure> {
     let outline: Outline =
         serde_json::from_slice(spec).map_err(|error| invalid(format!("config.json: {error}")))?;
     let mut namespaces = Namespaces::default();
@@ -43,7 +52,11 @@ pub fn namespaces(spec: &[u8]) -> Result<(Namespaces, Vec<(i32, String)>), Failu
             continue;
         }
         let path = namespace.path.unwrap_or_default();
-        joined.push((flag, path.strip_prefix(CONTAINER_NAMESPACE).unwrap_or_default().to_owned()));
+        let donor = match path.strip_prefix(CONTAINER_NAMESPACE) {
+            Some(id) => Donor::Container(id.to_owned()),
+            None => Donor::Pod,
+        };
+        joined.push((flag, donor));
     }
     Ok((namespaces, joined))
 }
@@ -128,10 +141,12 @@ mod tests {
     #[test]
     fn joined_containers_are_found() {
         let spec =
-            br#"{"linux":{"namespaces":[{"type":"mount"},{"type":"ipc","path":"vmshim-container:pod"}]}}"#;
+            br#"{"linux":{"namespaces":[{"type":"mount"},{"type":"ipc","path":"vmshim-container:c"},{"type":"uts","path":"vmshim-pod"}]}}"#;
         let (namespaces, joined) = namespaces(spec).unwrap();
-        assert_eq!(namespaces.joined, libc::CLONE_NEWIPC);
-        assert_eq!(joined, [(libc::CLONE_NEWIPC, "pod".to_owned())]);
+        assert_eq!(namespaces.joined, libc::CLONE_NEWIPC | libc::CLONE_NEWUTS);
+        let donors =
+            [(libc::CLONE_NEWIPC, Donor::Container("c".to_owned())), (libc::CLONE_NEWUTS, Donor::Pod)];
+        assert_eq!(joined, donors);
     }
 
     #[test]

@@ -103,6 +103,12 @@ fn make_time_namespace(linux: &Linux, namespaces: Namespaces) -> Result<()> {
     Ok(())
 }
 
+/// Changes a setting whose name has been checked.
+pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
+    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+    fs::write(path, value).doing(|| format!("set linux.sysctl[{name}]"))
+}
+
 impl Container<'_> {
     /// The new process's side.
     fn become_first(
@@ -158,11 +164,7 @@ impl Container<'_> {
 
     /// Through the guest's own /proc, which is still there; they apply to the namespaces this process is in.
     fn set_sysctls(&self) -> Result<()> {
-        for (name, value) in self.linux.sysctl().iter().flatten() {
-            let path = Path::new("/proc/sys").join(name.replace('.', "/"));
-            fs::write(path, value).doing(|| format!("set linux.sysctl[{name}]"))?;
-        }
-        Ok(())
+        self.linux.sysctl().iter().flatten().try_for_each(|(name, value)| set_sysctl(name, value))
     }
 
     fn set_names(&self) -> Result<()> {

@@ -19,6 +19,7 @@ mod first;
 mod hooks;
 mod idmap;
 mod partition;
+mod pod;
 pub mod process;
 pub mod rootfs;
 mod seccomp;
@@ -97,6 +98,7 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
             let (_, process) = Document::read(document, "process")?;
             added::make(agent, &plan, &process, *namespaces, fds)
         }
+        Task::Pod { hostname, sysctls } => pod::make(agent, hostname, sysctls),
     }
 }
 

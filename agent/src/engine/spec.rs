@@ -2,7 +2,7 @@
 
 use super::error::{Error, Result};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Spec};
-use vmshim_protocol::agent::CONTAINER_NAMESPACE;
+use vmshim_protocol::agent::{CONTAINER_NAMESPACE, POD_NAMESPACE};
 
 /// Namespaces of a container, as `CLONE_NEW*` flags.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,7 +49,9 @@ impl Namespaces {
                     "each container has mounts of its own",
                 ));
             }
-            Some(path) if path.starts_with(CONTAINER_NAMESPACE) => self.joined |= flag,
+            Some(path) if path == POD_NAMESPACE || path.starts_with(CONTAINER_NAMESPACE) => {
+                self.joined |= flag;
+            }
             Some(_) => {
                 return Err(Error::unsupported(
                     format!("{field}.path"),
@@ -145,6 +147,19 @@ pub fn check_process(process: &Process) -> Result<()> {
 
 /// Only settings that belong to a namespace of the container, or to the pod's network, may be changed.
 fn check_sysctls(linux: &Linux, namespaces: Namespaces) -> Result<()> {
+    linux
+        .sysctl()
+        .iter()
+        .flat_map(|sysctls| sysctls.keys())
+        .try_for_each(|name| check_sysctl(name, namespaces))
+}
+
+/// Checks a setting of the pod as a whole.
+pub fn check_pod_sysctl(name: &str) -> Result<()> {
+    check_sysctl(name, Namespaces { new: libc::CLONE_NEWIPC | libc::CLONE_NEWUTS, joined: 0 })
+}
+
+fn check_sysctl(name: &str, namespaces: Namespaces) -> Result<()> {
     const IPC: &[&str] = &[
         "kernel.msgmax",
         "kernel.msgmnb",
@@ -155,19 +170,17 @@ fn check_sysctls(linux: &Linux, namespaces: Namespaces) -> Result<()> {
         "kernel.shmmni",
         "kernel.shm_rmid_forced",
     ];
-    for name in linux.sysctl().iter().flat_map(|sysctls| sysctls.keys()) {
-        let field = format!("linux.sysctl[{name}]");
-        let dotted = name.replace('/', ".");
-        if dotted.split('.').any(|part| part.is_empty()) {
-            return Err(Error::invalid(field, "is no name of a setting"));
-        }
-        let ipc = IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.");
-        let allowed = dotted.starts_with("net.")
-            || (ipc && namespaces.has(libc::CLONE_NEWIPC))
-            || (dotted == "kernel.domainname" && namespaces.has(libc::CLONE_NEWUTS));
-        if !allowed {
-            return Err(Error::invalid(field, "is not in a separate kernel namespace"));
-        }
+    let field = format!("linux.sysctl[{name}]");
+    let dotted = name.replace('/', ".");
+    if dotted.split('.').any(|part| part.is_empty()) {
+        return Err(Error::invalid(field, "is no name of a setting"));
+    }
+    let ipc = IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.");
+    let allowed = dotted.starts_with("net.")
+        || (ipc && namespaces.has(libc::CLONE_NEWIPC))
+        || (dotted == "kernel.domainname" && namespaces.has(libc::CLONE_NEWUTS));
+    if !allowed {
+        return Err(Error::invalid(field, "is not in a separate kernel namespace"));
     }
     Ok(())
 }
@@ -207,6 +220,15 @@ mod tests {
     fn a_pods_namespace_is_joined() {
         let spec = spec(r#"{"namespaces":[{"type":"mount"},{"type":"ipc","path":"vmshim-container:pod"}]}"#);
         assert_eq!(check(&spec).unwrap().2.joined, libc::CLONE_NEWIPC);
+    }
+
+    #[test]
+    fn a_pods_settings_keep_to_its_namespaces() {
+        assert!(check_pod_sysctl("kernel.shm_rmid_forced").is_ok());
+        assert!(check_pod_sysctl("net.core.somaxconn").is_ok());
+        for name in ["vm.swappiness", "kernel.hostname", "net/../x", ""] {
+            assert!(check_pod_sysctl(name).is_err(), "{name}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, UnixAddr, recvmsg, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -62,6 +63,13 @@ pub enum Task {
     Exec {
         /// Namespaces (`CLONE_NEW*`) to join.
         namespaces: i32,
+    },
+    /// The process that holds the pod's own namespaces; the document has no body, and no descriptors come along.
+    Pod {
+        /// The name of its uts namespace; the guest's where empty.
+        hostname: String,
+        /// Settings of its ipc namespace and of the network.
+        sysctls: BTreeMap<String, String>,
     },
 }
 

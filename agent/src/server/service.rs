@@ -10,7 +10,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
     Agent, ConnectSocketRequest, ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest,
-    GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest,
+    GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest,
     SignalProcessRequest, StatsResponse, UpdateContainerRequest,
 };
 
@@ -48,6 +48,11 @@ fn created(pid: u32) -> ProcessCreated {
 
 #[async_trait::async_trait]
 impl Agent for Service {
+    async fn set_up_pod(&self, _: &TtrpcContext, request: SetUpPodRequest) -> ttrpc::Result<Empty> {
+        self.containers.set_up_pod(request).await?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -119,7 +124,10 @@ impl Agent for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
-        let metrics = self.containers.get(&request.container_id)?.stats().await?;
+        let metrics = match request.container_id.as_str() {
+            "" => self.containers.stats().await?,
+            id => self.containers.get(id)?.stats().await?,
+        };
         Ok(StatsResponse { metrics, ..Default::default() })
     }
 

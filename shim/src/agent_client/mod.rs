@@ -45,6 +45,10 @@ impl AgentConnection {
     }
 
     calls! {
+        /// Makes the pod's own namespaces.
+        set_up_pod(api::SetUpPodRequest) -> api::Empty;
+        /// Ends everything in the guest, and the guest.
+        power_off(api::Empty) -> api::Empty;
         /// Makes a container and its init process.
         create_container(api::CreateContainerRequest) -> api::ProcessCreated;
         /// Prepares one more process.

@@ -13,6 +13,8 @@ pub struct Limits {
     pub period: u64,
     /// Bytes of memory.
     pub memory: i64,
+    /// The limits are of containers yet to come, not all of which need have one.
+    pub partial: bool,
 }
 
 impl Limits {
@@ -29,6 +31,7 @@ impl Limits {
             quota: signed("cpu-quota", ["cpu", "quota"]),
             period: u64::try_from(period).unwrap_or(0),
             memory: signed("memory", ["memory", "limit"]),
+            partial: spec.sandbox_id().is_some(),
         }
     }
 

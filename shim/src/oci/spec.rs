@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+/// CRI's annotation for the pod of a container.
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
 /// Why a spec cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -172,6 +175,25 @@ impl Spec {
         self.process.oom_score_adj
     }
 
+    /// The pod that CRI puts the container in.
+    pub fn sandbox_id(&self) -> Option<&str> {
+        self.annotation(SANDBOX_ID).filter(|id| !id.is_empty())
+    }
+
+    /// Adds a bind mount, unless something is mounted there.
+    pub fn bind_by_default(&mut self, source: &Path, destination: &Path) {
+        if self.mounts.iter().any(|mount| Path::new(&mount.destination) == destination) {
+            return;
+        }
+        self.mounts.push(Mount {
+            destination: destination.to_string_lossy().into_owned(),
+            kind: "bind".to_owned(),
+            source: source.to_string_lossy().into_owned(),
+            options: vec!["rbind".to_owned(), "rprivate".to_owned()],
+            rest: Map::new(),
+        });
+    }
+
     /// An annotation's value.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.get(name).map(String::as_str)
@@ -224,6 +246,17 @@ mod tests {
             Spec::read(bundle.path()).unwrap_err().to_string(),
             "config.json: process.args must name the program to run"
         );
+    }
+
+    #[test]
+    fn a_default_mount_gives_way() {
+        let text = r#"{"process":{"args":["a"]},"mounts":[{"destination":"/etc/hosts","source":"own"}]}"#;
+        let mut spec = Spec::parse(text.as_bytes()).unwrap();
+        for name in ["/etc/hosts", "/etc/hostname"] {
+            spec.bind_by_default(Path::new("/pod/file"), Path::new(name));
+        }
+        let sources: Vec<_> = spec.mounts.iter().map(|mount| mount.source.as_str()).collect();
+        assert_eq!(sources, ["own", "/pod/file"]);
     }
 
     #[test]

@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use vmshim_protocol::agent::SOCKET_SOURCE;
+use vmshim_protocol::agent::{CONTAINER_NAMESPACE, POD_NAMESPACE, POD_SHARED_MEMORY, SOCKET_SOURCE};
+use vmshim_protocol::shared::SOURCE_PREFIX;
 
-use super::spec::{Device, Mount};
+use super::spec::{Device, Mount, Namespace};
 use super::{Spec, SpecError};
 use crate::hooks::Hooks;
 use crate::ids::Name;
@@ -48,17 +49,45 @@ const UNIVERSAL_DEVICES: [(i64, i64); 10] =
 
 /// The type of a mount that is a Unix socket of the host.
 const SOCKET: &str = "uds";
+/// The AppArmor profiles that containerd, nerdctl and Docker give every container.
+const DEFAULT_PROFILES: [&str; 5] =
+    ["", "unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
 
 /// Controllers whose limits name the host's devices, CPUs or network classes.
 const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
+
+/// Where a container is among the others of its guest.
+#[derive(Debug, Clone, Copy)]
+pub enum Place<'a> {
+    /// Its namespaces are its own: it is alone, or it is the container that holds those of its pod.
+    Alone,
+    /// In a pod whose namespaces the container `sandbox` holds, for which the process `pid` stands on the host.
+    Member {
+        /// The container's id.
+        sandbox: &'a Name,
+        /// A process id of the host.
+        pid: u32,
+    },
+    /// In a pod that holds its namespaces itself.
+    Sandboxed,
+}
 
 /// Rewrites the spec for the guest and says what it needs of the host.
 ///
 /// # Errors
 /// When the spec asks for what a guest cannot have; the field is named.
-pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts, SpecError> {
+pub fn for_guest(
+    spec: &mut Spec,
+    bundle: &Path,
+    id: &Name,
+    place: Place<'_>,
+) -> Result<HostParts, SpecError> {
+    let shared_memory = SharedMemory::of(spec, place);
     let (mut binds, mut sockets) = (Vec::new(), Vec::new());
     for mount in &mut spec.mounts {
+        if shared_memory.transform(mount) {
+            continue;
+        }
         if mount.kind == SOCKET {
             let host = std::mem::replace(&mut mount.source, format!("{SOCKET_SOURCE}{}", sockets.len()));
             sockets.push(bundle.join(host));
@@ -66,36 +95,81 @@ pub fn for_guest(spec: &mut Spec, bundle: &Path, id: &Name) -> Result<HostParts,
             mount.options.push("bind".to_owned());
             continue;
         }
-        if let Some(bind) = transform_mount(mount, bundle, binds.len())? {
-            mount.source = format!("vmshim-shared:{id}/mounts/{}", bind.name);
+        if let Some(bind) = bind_of_host(mount, bundle, binds.len())? {
+            mount.source = format!("{SOURCE_PREFIX}{id}/mounts/{}", bind.name);
             binds.push(bind);
         }
     }
-    transform_namespaces(spec)?;
+    spec.linux.namespaces.iter_mut().try_for_each(|namespace| transform_namespace(namespace, place))?;
+    // The network is the whole guest's, so a container has none of its own.
+    spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
     transform_resources(spec);
     spec.linux.cgroups_path = format!("/{id}");
     spec.linux.devices.retain(is_universal);
     // The host's security modules are not in the guest.
-    spec.process.rest.remove("apparmorProfile");
+    take_apparmor_profile(spec)?;
     spec.process.rest.remove("selinuxLabel");
     spec.linux.rest.remove("mountLabel");
     let hooks = Hooks::take(&mut spec.hooks)?;
     Ok(HostParts { binds, sockets, hooks })
 }
 
-/// Whether the mount needs something of the host; rewrites those that only seem to.
-fn transform_mount(mount: &mut Mount, bundle: &Path, index: usize) -> Result<Option<HostBind>, SpecError> {
+/// What is at `/dev/shm`. It cannot be shared with the host's processes, but with the pod's containers.
+struct SharedMemory {
+    /// containerd's name for the pod's, where the container is in a pod.
+    sandbox: Option<String>,
+    /// A tmpfs at `/dev/shm` is meant to be the pod's, since the ipc namespace is.
+    joined: bool,
+}
+
+impl SharedMemory {
+    fn of(spec: &Spec, place: Place<'_>) -> Self {
+        let ipc = |namespace: &Namespace| namespace.kind == "ipc" && !namespace.path.is_empty();
+        Self {
+            sandbox: spec.sandbox_id().map(str::to_owned),
+            joined: matches!(place, Place::Sandboxed) && spec.linux.namespaces.iter().any(ipc),
+        }
+    }
+
+    /// Rewrites a mount at `/dev/shm`; false for any other.
+    fn transform(&self, mount: &mut Mount) -> bool {
+        if Path::new(&mount.destination) != Path::new("/dev/shm") {
+            return false;
+        }
+        if self.is_pods(mount) {
+            mount.kind = "bind".to_owned();
+            mount.source = POD_SHARED_MEMORY.to_owned();
+            mount.options = ["rbind", "nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
+        } else if is_bind(mount) {
+            let sizes: &[&str] = if self.sandbox.is_some() { &[] } else { &["size=65536k"] };
+            mount.kind = "tmpfs".to_owned();
+            mount.source = "shm".to_owned();
+            let options = ["nosuid", "noexec", "nodev", "mode=1777"].iter().chain(sizes);
+            mount.options = options.map(|option| (*option).to_owned()).collect();
+        }
+        true
+    }
+
+    fn is_pods(&self, mount: &Mount) -> bool {
+        let Some(sandbox) = &self.sandbox else { return self.joined && mount.kind == "tmpfs" };
+        let source = Path::new(&mount.source);
+        // The host's, for a pod that shares the host's ipc namespace; the guest is its host. A volume of the user's
+        // that is mounted here is another one.
+        let pods = source == Path::new("/dev/shm") || source.ends_with(Path::new(sandbox).join("shm"));
+        if is_bind(mount) { pods } else { self.joined && mount.kind == "tmpfs" }
+    }
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.kind == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind")
+}
+
+/// What the mount needs of the host.
+fn bind_of_host(mount: &mut Mount, bundle: &Path, index: usize) -> Result<Option<HostBind>, SpecError> {
+    if !is_bind(mount) {
+        return Ok(None);
+    }
     let has = |name: &str| mount.options.iter().any(|option| option == name);
-    if mount.kind != "bind" && !has("bind") && !has("rbind") {
-        return Ok(None);
-    }
-    if Path::new(&mount.destination) == Path::new("/dev/shm") {
-        // Shared memory cannot be shared with the host's processes.
-        mount.kind = "tmpfs".to_owned();
-        mount.source = "shm".to_owned();
-        mount.options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"].map(str::to_owned).to_vec();
-        return Ok(None);
-    }
     let bind = HostBind {
         source: bundle.join(&mount.source),
         name: index.to_string(),
@@ -129,17 +203,44 @@ fn take_id_map(mount: &mut Mount) -> Result<Option<IdMap>, SpecError> {
     }
 }
 
-/// Namespaces are the guest's own. The network is the whole guest's, so a container has none of its own.
-fn transform_namespaces(spec: &mut Spec) -> Result<(), SpecError> {
-    spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
-    for namespace in &mut spec.linux.namespaces {
-        if namespace.kind == "user" && !namespace.path.is_empty() {
-            let problem = format!("joins the host's user namespace {}, which a VM cannot", namespace.path);
+/// Namespaces are the guest's own; a path on the host can only mean one of the pod's.
+fn transform_namespace(namespace: &mut Namespace, place: Place<'_>) -> Result<(), SpecError> {
+    if namespace.path.is_empty() || matches!(namespace.kind.as_str(), "network" | "cgroup") {
+        namespace.path.clear();
+        return Ok(());
+    }
+    let can_be_pods = matches!(namespace.kind.as_str(), "ipc" | "uts" | "pid");
+    match place {
+        // It may be a placeholder, and is never looked at.
+        Place::Sandboxed if can_be_pods => POD_NAMESPACE.clone_into(&mut namespace.path),
+        Place::Member { sandbox, pid }
+            if can_be_pods && namespace.path == format!("/proc/{pid}/ns/{}", namespace.kind) =>
+        {
+            namespace.path = format!("{CONTAINER_NAMESPACE}{sandbox}");
+        }
+        _ => {
+            let problem = format!(
+                "joins the {} namespace {}, which is not one of its pod's; a VM cannot join others",
+                namespace.kind, namespace.path
+            );
             return Err(SpecError::Field { field: "linux.namespaces", problem });
         }
-        namespace.path.clear();
     }
     Ok(())
+}
+
+/// A profile that is everybody's confines the host's processes, of which a guest has none; one that somebody chose is
+/// more than can be given.
+fn take_apparmor_profile(spec: &mut Spec) -> Result<(), SpecError> {
+    let profile = spec.process.rest.remove("apparmorProfile");
+    match profile.as_ref().and_then(|profile| profile.as_str()) {
+        Some(profile) if !DEFAULT_PROFILES.contains(&profile) => {
+            let problem =
+                format!("names the profile {profile}, which a guest without AppArmor cannot enforce");
+            Err(SpecError::Field { field: "process.apparmorProfile", problem })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn transform_resources(spec: &mut Spec) {
@@ -167,9 +268,25 @@ mod tests {
     use super::*;
 
     fn transform(spec: Value) -> Result<(Value, Vec<HostBind>), SpecError> {
+        transform_in(spec, Place::Alone)
+    }
+
+    fn transform_in(spec: Value, place: Place<'_>) -> Result<(Value, Vec<HostBind>), SpecError> {
         let mut spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
-        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap())?;
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap(), place)?;
         Ok((serde_json::to_value(spec).unwrap(), parts.binds))
+    }
+
+    fn with_namespace(kind: &str, path: &str) -> Value {
+        json!({ "process": { "args": ["a"] }, "linux": { "namespaces": [{ "type": kind, "path": path }] } })
+    }
+
+    fn shared_memory(mount: Value, annotations: Value, namespaces: Value, place: Place<'_>) -> Value {
+        let spec = json!({
+            "process": { "args": ["a"] }, "mounts": [mount], "annotations": annotations,
+            "linux": { "namespaces": namespaces },
+        });
+        transform_in(spec, place).unwrap().0["mounts"][0].clone()
     }
 
     fn with_mounts(mounts: Value) -> Value {
@@ -245,7 +362,8 @@ mod tests {
             .as_bytes(),
         )
         .unwrap();
-        let parts = for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap()).unwrap();
+        let parts =
+            for_guest(&mut spec, Path::new("/bundle"), &Name::new("c1").unwrap(), Place::Alone).unwrap();
         assert_eq!(parts.sockets, [PathBuf::from("/host/a"), PathBuf::from("/bundle/b")]);
         assert!(parts.binds.is_empty());
         let spec = serde_json::to_value(spec).unwrap();
@@ -259,13 +377,13 @@ mod tests {
     #[test]
     fn what_names_the_host_is_gone() {
         let (spec, _) = transform(json!({
-            "process": { "args": ["a"], "apparmorProfile": "p", "selinuxLabel": "l" },
+            "process": { "args": ["a"], "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "l" },
             "hooks": { "prestart": [] },
             "linux": {
                 "cgroupsPath": "system.slice:a:b",
                 "mountLabel": "m",
                 "namespaces": [
-                    { "type": "pid" }, { "type": "ipc", "path": "/proc/7/ns/ipc" },
+                    { "type": "pid" }, { "type": "ipc" },
                     { "type": "network", "path": "/run/netns/x" }
                 ],
                 "devices": [
@@ -288,13 +406,65 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_user_namespace_is_refused_by_name() {
-        let error = transform(json!({
-            "process": { "args": ["a"] },
-            "linux": { "namespaces": [{ "type": "user", "path": "/proc/1/ns/user" }] },
-        }))
-        .unwrap_err();
-        assert!(error.to_string().contains("linux.namespaces"));
+    fn namespaces_of_the_pod_are_joined() {
+        let sandbox = Name::new("pod").unwrap();
+        let member = Place::Member { sandbox: &sandbox, pid: 7 };
+        for kind in ["ipc", "uts", "pid"] {
+            let spec = with_namespace(kind, &format!("/proc/7/ns/{kind}"));
+            let path = |place| {
+                transform_in(spec.clone(), place).unwrap().0["linux"]["namespaces"][0]["path"].clone()
+            };
+            assert_eq!(path(member), "vmshim-container:pod");
+            assert_eq!(path(Place::Sandboxed), "vmshim-pod");
+        }
+        let (network, _) = transform_in(with_namespace("network", "/run/netns/x"), member).unwrap();
+        assert_eq!(network["linux"]["namespaces"], json!([]));
+    }
+
+    #[test]
+    fn namespaces_of_others_are_refused_by_name() {
+        let sandbox = Name::new("pod").unwrap();
+        let member = Place::Member { sandbox: &sandbox, pid: 7 };
+        let foreign = [
+            ("user", "/proc/7/ns/user", member),
+            ("user", "/proc/1/ns/user", Place::Alone),
+            ("ipc", "/proc/8/ns/ipc", member),
+            ("ipc", "/proc/7/ns/uts", member),
+            ("pid", "/proc/7/ns/pid", Place::Alone),
+            ("mount", "/proc/7/ns/mnt", Place::Sandboxed),
+        ];
+        for (kind, path, place) in foreign {
+            let error = transform_in(with_namespace(kind, path), place).unwrap_err().to_string();
+            assert!(error.contains("linux.namespaces") && error.contains(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_chosen_apparmor_profile_is_refused_by_name() {
+        let spec = json!({ "process": { "args": ["a"], "apparmorProfile": "k8s-nginx" } });
+        let error = transform(spec).unwrap_err().to_string();
+        assert!(error.contains("process.apparmorProfile") && error.contains("k8s-nginx"), "{error}");
+    }
+
+    #[test]
+    fn shared_memory_is_the_pods_or_the_containers_own() {
+        let bind = |source: &str| json!({ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind", "ro"] });
+        let tmpfs =
+            json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=1k"] });
+        let cri = json!({ "io.kubernetes.cri.sandbox-id": "pod" });
+        let joined = json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]);
+        let sandboxed = Place::Sandboxed;
+        for source in ["/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm", "/dev/shm"] {
+            let mount = shared_memory(bind(source), cri.clone(), json!([]), Place::Alone);
+            assert_eq!((&mount["type"], &mount["source"]), (&"bind".into(), &"/dev/shm".into()));
+        }
+        let volume = shared_memory(bind("/var/lib/kubelet/pods/x/shm"), cri, json!([]), Place::Alone);
+        assert_eq!(volume["options"], json!(["nosuid", "noexec", "nodev", "mode=1777"]));
+        let shared = shared_memory(tmpfs.clone(), json!({}), joined.clone(), sandboxed);
+        assert_eq!(shared["source"], "/dev/shm");
+        let private = shared_memory(tmpfs.clone(), json!({}), json!([]), sandboxed);
+        assert_eq!(private, tmpfs);
+        assert_eq!(shared_memory(bind("/srv"), json!({}), json!([]), Place::Alone)["type"], "tmpfs");
     }
 
     proptest! {

@@ -19,7 +19,8 @@ use super::rootfs::Plan;
 use super::streams::{connect, forget};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{HostParts, Spec, for_guest};
+use crate::oci::{HostParts, Place, Spec, for_guest};
+use crate::sandbox;
 use crate::stdio::{Owner, Streams};
 use crate::storage::{MountRequest, SocketOwner, Staging};
 use crate::timeline::{self, Mark};
@@ -36,7 +37,14 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
         return Err(TaskError::Unsupported("restoring a checkpoint"));
     }
     let options = request.options.as_ref().map(RuntimeOptions::from_any).transpose()?.unwrap_or_default();
-    let vm = pod.vm()?.clone();
+    let bundle = PathBuf::from(&request.bundle);
+    let vm = match pod.vm() {
+        // No sandbox either: the bundle is what is wrong.
+        Err(TaskError::NoSandbox) => {
+            return Err(Spec::read(&bundle).err().map_or(TaskError::NoSandbox, TaskError::from));
+        }
+        vm => vm?.clone(),
+    };
     let streams = Streams {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),
@@ -45,7 +53,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest, deadline: Instan
         owner: Owner { uid: options.io_uid, gid: options.io_gid },
     };
     let init = Process::new(String::new(), streams, Phase::Creating);
-    let container = Arc::new(Container::new(id, PathBuf::from(&request.bundle), init));
+    let container = Arc::new(Container::new(id, bundle, init));
     pod.add(&container)?;
     log::debug!("container {} is asked for", container.id);
     let built = timeout_at(deadline, build(pod, &vm, &container, &request, deadline)).await;
@@ -76,7 +84,17 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
-    let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id)?;
+    let place = match spec.sandbox_id() {
+        _ if pod.sandbox.is_there() => Place::Sandboxed,
+        Some(_) if container.id != pod.id => Place::Member { sandbox: &pod.id, pid: pod.task_pid() },
+        _ => Place::Alone,
+    };
+    if matches!(place, Place::Sandboxed) {
+        for (source, destination) in sandbox::mounts(&pod.dir.shared().join(pod.id.as_str())) {
+            spec.bind_by_default(&source, &destination);
+        }
+    }
+    let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id, place)?;
     container.set_sockets(sockets.clone());
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);

@@ -55,6 +55,20 @@ pub enum TaskError {
     /// Too late.
     #[error("{0} took longer than the caller's deadline")]
     Deadline(&'static str),
+    /// Nothing can run before the sandbox is there.
+    #[error("the sandbox has not been created yet")]
+    NoSandbox,
+    /// There is one.
+    #[error("the sandbox already exists")]
+    SandboxExists,
+    /// The call does not fit the sandbox's stage.
+    #[error("cannot {verb} a {stage} sandbox")]
+    WrongStage {
+        /// What was asked.
+        verb: &'static str,
+        /// What the sandbox is.
+        stage: &'static str,
+    },
     /// The VM is no more.
     #[error("the pod's VM has ended: {0}")]
     VmEnded(String),
@@ -97,8 +111,10 @@ impl TaskError {
     fn code(&self) -> Code {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
-            Self::ContainerExists(_) | Self::ExecExists(_) => Code::ALREADY_EXISTS,
-            Self::WrongPhase { .. } | Self::VmEnded(_) => Code::FAILED_PRECONDITION,
+            Self::ContainerExists(_) | Self::ExecExists(_) | Self::SandboxExists => Code::ALREADY_EXISTS,
+            Self::WrongPhase { .. } | Self::WrongStage { .. } | Self::NoSandbox | Self::VmEnded(_) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Request(_) | Self::Name(_) | Self::Spec(_) | Self::Options(_) => Code::INVALID_ARGUMENT,
             Self::Deadline(_) | Self::Control(ControlError::TimedOut) | Self::Agent(AgentError::TimedOut) => {

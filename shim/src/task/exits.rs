@@ -173,7 +173,9 @@ async fn wind_down(pod: &Arc<Pod>, container: &Arc<Container>) {
     }
     log::debug!("container {} is removed from the guest", container.id);
     container.set_removed();
-    if pod.containers().iter().all(|container| container.is_stopped())
+    // A sandbox lives until it is stopped.
+    if !pod.sandbox.is_there()
+        && pod.containers().iter().all(|container| container.is_stopped())
         && let Some(vm) = pod.living_vm().cloned()
     {
         if log::log_enabled!(log::Level::Debug)

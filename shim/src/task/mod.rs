@@ -23,5 +23,5 @@ mod streams;
 mod tests;
 
 pub use error::TaskError;
-pub use pod::{BootError, Pod, configure};
-pub use service::services;
+pub use pod::{BootError, Pod, Shape, configure};
+pub use service::{METRICS_TYPE, services};

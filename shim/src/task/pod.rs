@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore};
@@ -20,6 +20,7 @@ use crate::events::Publisher;
 use crate::ids::Name;
 use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
+use crate::sandbox::{self, Life};
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
 use crate::storage::{SharedError, Slots, mount_shared};
 use crate::vm::{LaunchError, Launcher, Machine, Vm};
@@ -73,26 +74,32 @@ impl From<SharedError> for LaunchError {
 pub struct Pod {
     /// containerd's namespace.
     pub namespace: Name,
+    /// The pod's id: that of its first container, or of its sandbox.
+    pub id: Name,
     /// Where its events go.
     pub events: Publisher,
     /// The VM's disk slots.
     pub slots: Slots,
     /// Its state on the host.
     pub dir: PodDir,
-    /// Its side effects on the host; none where it has no VM.
-    pub journal: Option<Journal>,
+    /// How far its sandbox is, where it was made by the Sandbox service.
+    pub sandbox: Life,
+    /// Its side effects on the host; none where it can have no VM.
+    pub journal: Option<Arc<Journal>>,
     /// Collects the exit statuses of the shim's children.
     pub reaper: Reaper,
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
-    vm: Result<Arc<Vm>, Arc<BootError>>,
+    vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
+    prepared: Mutex<Option<Result<Prepared, BootError>>>,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
     shutdown: Notify,
 }
 
 impl Pod {
-    /// Starts the pod's VM and comes back while it boots. What is wrong is kept for Create to tell.
+    /// Makes the pod. With a first container its VM is started, and boots when this comes back; with a sandbox it
+    /// waits for [`Pod::launch`]. What is wrong is kept for Create to tell.
     pub fn boot(
         serving: &Serving,
         reaper: &Reaper,
@@ -101,31 +108,46 @@ impl Pod {
     ) -> Arc<Self> {
         let settings = config.as_ref().cloned().unwrap_or_default();
         let dir = PodDir::new(&settings.runtime.state_dir, &serving.namespace, &serving.group);
-        let launched = config.and_then(|config| launch(serving, &config, &dir, reaper));
-        let (vm, journal) = match launched {
-            Ok((vm, journal)) => (Ok(vm), Some(journal)),
-            Err(error) => {
-                log::error!("the VM cannot be started: {error}");
-                (Err(Arc::new(error)), None)
-            }
-        };
+        let prepared = config.and_then(|config| {
+            let journal = Arc::new(begin_journal(serving, &config, &dir)?);
+            Ok(Prepared { config, journal, reaper: reaper.clone() })
+        });
         let pod = Arc::new(Self {
             namespace: serving.namespace.clone(),
+            id: serving.group.clone(),
             events,
             slots: Slots::new(settings.hypervisor.disk_slots),
             dir,
-            journal,
+            sandbox: Life::default(),
+            journal: prepared.as_ref().ok().map(|prepared| prepared.journal.clone()),
             reaper: reaper.clone(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
-            vm,
+            vm: OnceLock::new(),
+            prepared: Mutex::new(Some(prepared)),
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
             containers: Mutex::default(),
             shutdown: Notify::new(),
         });
-        if let Ok(vm) = &pod.vm {
-            super::exits::watch(&pod, vm);
+        if !sandbox::is_sandbox(&serving.bundle) {
+            pod.launch(Shape::of_bundle(&serving.bundle));
         }
         pod
+    }
+
+    /// Starts the VM, once.
+    pub fn launch(self: &Arc<Self>, shape: Result<Shape, BootError>) {
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(prepared) = prepared else { return };
+        let vm = prepared.and_then(|prepared| prepared.launch(&self.id, &self.dir, shape?));
+        let vm = self.vm.get_or_init(|| {
+            vm.map_err(|error| {
+                log::error!("the VM cannot be started: {error}");
+                Arc::new(error)
+            })
+        });
+        if let Ok(vm) = vm {
+            super::exits::watch(self, vm);
+        }
     }
 
     /// The VM.
@@ -133,7 +155,8 @@ impl Pod {
     /// # Errors
     /// Why there is none, or why it has ended.
     pub fn vm(&self) -> Result<&Arc<Vm>, TaskError> {
-        let vm = self.vm.as_ref().map_err(|error| TaskError::Boot(error.clone()))?;
+        let vm = self.vm.get().ok_or(TaskError::NoSandbox)?;
+        let vm = vm.as_ref().map_err(|error| TaskError::Boot(error.clone()))?;
         match vm.end() {
             Some(end) => Err(TaskError::VmEnded(end.sentence())),
             None => Ok(vm),
@@ -147,7 +170,7 @@ impl Pod {
 
     /// The host's process that stands for every process in the guest. The one place that decides it.
     pub fn task_pid(&self) -> u32 {
-        self.vm.as_ref().map_or(0, |vm| vm.pid())
+        self.vm.get().and_then(|vm| vm.as_ref().ok()).map_or(0, |vm| vm.pid())
     }
 
     /// A container.
@@ -224,12 +247,17 @@ impl Pod {
         self.shutdown.notified().await;
     }
 
-    /// Ends the VM, tells what that ended, and undoes everything on the host.
-    pub async fn wind_up(&self) {
-        if let Ok(vm) = &self.vm {
+    /// Ends the VM, if there is one, and tells what that ended.
+    pub async fn stop_vm(&self) {
+        if let Some(Ok(vm)) = self.vm.get() {
             vm.stop().await;
             super::exits::all_ended(self);
         }
+    }
+
+    /// Ends the VM, tells what that ended, and undoes everything on the host.
+    pub async fn wind_up(&self) {
+        self.stop_vm().await;
         log::debug!("the VM is gone");
         self.events.flush(Duration::from_secs(3)).await;
         if let Err(error) = undo(&self.dir) {
@@ -249,13 +277,16 @@ impl Pod {
     pub fn around(vm: Arc<Vm>, events: Publisher, dir: PodDir) -> Arc<Self> {
         let pod = Arc::new(Self {
             namespace: Name::new("ns").unwrap(),
+            id: Name::new("pod").unwrap(),
             events,
             slots: Slots::new(1),
             dir,
+            sandbox: Life::default(),
             journal: None,
             reaper: Reaper::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
-            vm: Ok(vm.clone()),
+            vm: OnceLock::from(Ok(vm.clone())),
+            prepared: Mutex::default(),
             request_timeout: Duration::from_secs(5),
             containers: Mutex::default(),
             shutdown: Notify::new(),
@@ -281,26 +312,49 @@ pub fn configure(serving: &Serving) -> Result<(RuntimeOptions, Config), BootErro
     Ok((options, config))
 }
 
-fn launch(
-    serving: &Serving,
-    config: &Config,
-    dir: &PodDir,
-    reaper: &Reaper,
-) -> Result<(Arc<Vm>, Journal), BootError> {
-    let spec = Spec::read(&serving.bundle)?;
-    let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
-    let journal = begin_journal(serving, config, dir)?;
-    let launcher = Launcher {
-        config,
-        machine: Machine::new(config, &Limits::of(&spec)),
-        id: serving.group.as_str(),
-        shared: &dir.shared(),
-        cgroup,
-        oom_score: spec.oom_score(),
-        debug: log::log_enabled!(log::Level::Debug),
-    };
-    let vm = launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?;
-    Ok((vm, journal))
+/// What a VM is to be like.
+#[derive(Debug, Default)]
+pub struct Shape {
+    /// What its size comes from.
+    pub limits: Limits,
+    /// Where the VMM is accounted.
+    pub cgroup: Option<Cgroup>,
+    /// The VMM's `oom_score_adj`.
+    pub oom_score: Option<i32>,
+}
+
+impl Shape {
+    /// As the pod's first container wants it.
+    ///
+    /// # Errors
+    /// When its spec is not understood.
+    fn of_bundle(bundle: &Path) -> Result<Self, BootError> {
+        let spec = Spec::read(bundle)?;
+        let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
+        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score() })
+    }
+}
+
+/// Everything that a VM can be started from as soon as its shape is known.
+struct Prepared {
+    config: Config,
+    journal: Arc<Journal>,
+    reaper: Reaper,
+}
+
+impl Prepared {
+    fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<Arc<Vm>, BootError> {
+        let launcher = Launcher {
+            config: &self.config,
+            machine: Machine::new(&self.config, &shape.limits),
+            id: id.as_str(),
+            shared: &dir.shared(),
+            cgroup: shape.cgroup,
+            oom_score: shape.oom_score,
+            debug: log::log_enabled!(log::Level::Debug),
+        };
+        Ok(launcher.launch(&self.journal, &self.reaper, || mount_shared(dir, &self.journal))?)
+    }
 }
 
 fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Journal, StateError> {

@@ -30,7 +30,7 @@ const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
 
 /// What metrics are encoded as. Consumers go by this, not by the host's cgroup version.
-const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// How long Shutdown keeps its caller. containerd gives it three seconds.
 const SHUTDOWN_ANSWER: Duration = Duration::from_millis(2500);
@@ -263,7 +263,9 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if self.pod.containers().iter().any(|container| container.id.as_str() != request.id) {
+        let others = self.pod.containers().iter().any(|container| container.id.as_str() != request.id);
+        let sandbox_lives = self.pod.sandbox.is_running() && request.id != self.pod.id.as_str();
+        if others || sandbox_lives {
             return Ok(Empty::default());
         }
         let pod = self.pod.clone();

@@ -14,7 +14,8 @@ pub struct Machine {
 
 impl Machine {
     /// Sizes the machine by the pod's limits, within what the administrator allows. Without a limit, the default; a
-    /// CPU limit says nothing about memory and the other way round.
+    /// CPU limit says nothing about memory and the other way round. A pod whose containers are yet to come has no less
+    /// than the default: the sum of limits says nothing about containers without one.
     pub fn new(config: &Config, limits: &Limits) -> Self {
         let vm = &config.hypervisor;
         let vcpus = limits.cpus().map_or(vm.default_vcpus, |cpus| u8::try_from(cpus).unwrap_or(u8::MAX));
@@ -22,6 +23,11 @@ impl Machine {
             let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
             mib.saturating_add(vm.overhead_memory_mib)
         });
+        let (vcpus, memory_mib) = if limits.partial {
+            (vcpus.max(vm.default_vcpus), memory_mib.max(vm.default_memory_mib))
+        } else {
+            (vcpus, memory_mib)
+        };
         Self {
             vcpus: vcpus.clamp(1, vm.max_vcpus),
             memory_mib: memory_mib.max(vm.min_memory_mib).min(vm.max_memory_mib),
@@ -36,8 +42,15 @@ mod tests {
     use super::*;
 
     fn machine(quota: i64, period: u64, memory: i64) -> (u8, u32) {
-        let machine = Machine::new(&Config::default(), &Limits { quota, period, memory });
+        let machine = Machine::new(&Config::default(), &Limits { quota, period, memory, partial: false });
         (machine.vcpus, machine.memory_mib)
+    }
+
+    #[test]
+    fn a_pod_has_the_default_at_least() {
+        let pod = |memory| Limits { memory, partial: true, ..Limits::default() };
+        let memory = |memory| Machine::new(&Config::default(), &pod(memory)).memory_mib;
+        assert_eq!((memory(0), memory(1 << 20), memory(1 << 30)), (512, 512, 1088));
     }
 
     #[test]

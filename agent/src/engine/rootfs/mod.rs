@@ -73,7 +73,7 @@ pub fn seal(spec: &Spec, linux: &Linux, later: Later) -> Result<()> {
 }
 
 /// Makes the tree this process's root, and lets go of the guest's.
-fn pivot(tree: &Tree) -> Result<()> {
+pub fn pivot(tree: &Tree) -> Result<()> {
     let doing = || "enter the root file system";
     nix::unistd::fchdir(tree.root()).doing(doing)?;
     nix::unistd::pivot_root(".", ".").doing(doing)?;

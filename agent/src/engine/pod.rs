@@ -1,0 +1,87 @@
+//! Makes the process that holds a pod's own namespaces, for a pod whose containers come and go and none of which is
+//! there from first to last.
+//!
+//! It is the first process of the pod's pid namespace, so it inherits that namespace's orphans; the kernel buries them,
+//! as nobody asks for their statuses. Containers that share the namespace can see it, so there is nothing to see: its
+//! root is an empty file system, and no descriptor is open.
+
+use super::error::{Context, Error, Result};
+use super::first::set_sysctl;
+use super::rootfs::pivot;
+use super::rootfs::tree::Tree;
+use super::spec::check_pod_sysctl;
+use super::wire::{self, Report};
+use super::{give_up, signal_pair};
+use crate::sys::mountfd::{self, FsContext};
+use crate::sys::process::{CloneRequest, Cloned, clone3};
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::{SigHandler, Signal, signal};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// Covered by the empty root, in the process's own mount namespace only.
+const PLACE: &str = "/run/vmshim";
+
+/// The engine's side.
+pub fn make(agent: BorrowedFd<'_>, hostname: &str, sysctls: &BTreeMap<String, String>) -> Result<()> {
+    sysctls.keys().try_for_each(|name| check_pod_sysctl(name))?;
+    let (ours, theirs) = signal_pair()?;
+    let namespaces = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    let request =
+        CloneRequest { namespaces: u64::from(namespaces.cast_unsigned()), cgroup: None, sibling: true };
+    // SAFETY: an engine process has one thread.
+    match unsafe { clone3(&request) }.doing(|| "make the pod's namespaces")? {
+        Cloned::Child => {
+            drop(ours);
+            let Err(error) = hold(agent, &theirs, hostname, sysctls);
+            give_up(agent, error)
+        }
+        Cloned::Parent(pid, pidfd) => {
+            drop(theirs);
+            wire::report(agent, &Report::Spawned(pid), Some(pidfd.as_fd())).doing(|| "answer the agent")?;
+            nix::unistd::write(&ours, b"!").doing(|| "let the pod begin").map(drop)
+        }
+    }
+}
+
+/// The new process's side.
+fn hold(
+    agent: BorrowedFd<'_>,
+    outside: &OwnedFd,
+    hostname: &str,
+    sysctls: &BTreeMap<String, String>,
+) -> Result<Infallible> {
+    if nix::unistd::read(outside, &mut [0]).doing(|| "wait for the engine")? != 1 {
+        return Err(Error::Stopped);
+    }
+    nix::unistd::setsid().doing(|| "begin a session")?;
+    if !hostname.is_empty() {
+        nix::unistd::sethostname(hostname).doing(|| "set hostname")?;
+    }
+    sysctls.iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
+    enter_nowhere()?;
+    // SAFETY: no handler is installed; the kernel then reaps the children that this process inherits.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.doing(|| "leave orphans to the kernel")?;
+    wire::report(agent, &Report::Ready, None).doing(|| "answer the agent")?;
+    if nix::unistd::read(agent, &mut [0]).doing(|| "wait for the agent")? != 1 {
+        return Err(Error::Stopped);
+    }
+    // SAFETY: closes every descriptor; nothing below uses one.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// Moves this process to a root in which there is nothing.
+fn enter_nowhere() -> Result<()> {
+    let doing = || "enter an empty root";
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).doing(doing)?;
+    let empty =
+        FsContext::open("tmpfs").and_then(|tmpfs| tmpfs.mount(libc::MOUNT_ATTR_RDONLY)).doing(doing)?;
+    let place = super::rootfs::mounts::open_location(Path::new(PLACE)).doing(doing)?;
+    mountfd::attach(empty.as_fd(), place.as_fd()).doing(doing)?;
+    pivot(&Tree::new(empty))
+}

@@ -1,0 +1,192 @@
+//! Pods, made through CRI as the kubelet makes them.
+
+use std::fs;
+use std::path::Path;
+
+use vmshim_tests::cri::{
+    ContainerConfig, ContainerRequest, ContainerState, ContainerStatsResponse, ContainerStatusResponse,
+    CreateContainerRequest, CreateContainerResponse, Cri, Empty, ExecSyncRequest, ExecSyncResponse,
+    LinuxContainerResources, Mount, NamespaceMode, PodSandboxConfig, PodSandboxRequest, RunPodSandboxRequest,
+    RunPodSandboxResponse, StopContainerRequest, UpdateContainerResourcesRequest,
+};
+
+use crate::fixture::{BUSYBOX, Host, host};
+
+/// A pod of the tests.
+struct Pod {
+    cri: Cri,
+    config: PodSandboxConfig,
+    id: String,
+}
+
+impl Pod {
+    fn run(host: &Host, handler: &str, pid: NamespaceMode) -> Self {
+        let cri = Cri::connect(&host.address()).unwrap();
+        let mut config = PodSandboxConfig { hostname: "pod-of-two".into(), ..Default::default() };
+        let metadata = config.metadata.mut_or_insert_default();
+        metadata.name = host.id();
+        metadata.uid.clone_from(&metadata.name);
+        "default".clone_into(&mut metadata.namespace);
+        let linux = config.linux.mut_or_insert_default();
+        let options =
+            linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+        options.pid = pid.into();
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()).into(),
+            runtime_handler: handler.to_owned(),
+            ..Default::default()
+        };
+        let id = cri.call::<RunPodSandboxResponse>("RunPodSandbox", &request).unwrap().pod_sandbox_id;
+        Self { cri, config, id }
+    }
+
+    fn create(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> String {
+        let mut config = ContainerConfig {
+            command: ["sh", "-c", line].map(str::to_owned).to_vec(),
+            mounts: mounts
+                .iter()
+                .map(|(from, to)| Mount {
+                    host_path: from.to_str().unwrap().to_owned(),
+                    container_path: (*to).to_owned(),
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        };
+        name.clone_into(&mut config.metadata.mut_or_insert_default().name);
+        BUSYBOX.clone_into(&mut config.image.mut_or_insert_default().image);
+        let linux = config.linux.mut_or_insert_default();
+        linux.security_context.mut_or_insert_default().namespace_options =
+            self.config.linux.security_context.namespace_options.clone();
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config).into(),
+            sandbox_config: Some(self.config.clone()).into(),
+            ..Default::default()
+        };
+        self.cri.call::<CreateContainerResponse>("CreateContainer", &request).unwrap().container_id
+    }
+
+    fn call(&self, method: &str, id: &str) {
+        let request = ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        self.cri.call::<Empty>(method, &request).unwrap();
+    }
+
+    fn started(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> String {
+        let id = self.create(name, line, mounts);
+        self.call("StartContainer", &id);
+        id
+    }
+
+    fn stop(&self, id: &str) {
+        let request = StopContainerRequest { container_id: id.to_owned(), timeout: 0, ..Default::default() };
+        self.cri.call::<Empty>("StopContainer", &request).unwrap();
+    }
+
+    fn state(&self, id: &str) -> ContainerState {
+        let request = ContainerRequest { container_id: id.to_owned(), ..Default::default() };
+        let status = self.cri.call::<ContainerStatusResponse>("ContainerStatus", &request).unwrap();
+        status.status.state.enum_value().unwrap()
+    }
+
+    fn exec(&self, id: &str, line: &str) -> String {
+        let request = ExecSyncRequest {
+            container_id: id.to_owned(),
+            cmd: ["sh", "-c", line].map(str::to_owned).to_vec(),
+            timeout: 60,
+            ..Default::default()
+        };
+        let done = self.cri.call::<ExecSyncResponse>("ExecSync", &request).unwrap();
+        let output = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).trim().to_owned();
+        assert_eq!(done.exit_code, 0, "{line}: {output}");
+        output
+    }
+
+    fn end(&self) {
+        let request = PodSandboxRequest { pod_sandbox_id: self.id.clone(), ..Default::default() };
+        self.cri.call::<Empty>("StopPodSandbox", &request).unwrap();
+        self.cri.call::<Empty>("RemovePodSandbox", &request).unwrap();
+    }
+}
+
+const FOREVER: &str = "sleep 10000";
+
+fn two_containers_share_a_pod(handler: &str) {
+    let host = host();
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("file"), "before").unwrap();
+    let pod = Pod::run(&host, handler, NamespaceMode::CONTAINER);
+    let first = pod.started("first", FOREVER, &[(volume.path(), "/data")]);
+    let second = pod.started("second", FOREVER, &[(volume.path(), "/data")]);
+
+    assert_eq!(pod.exec(&first, "hostname"), "pod-of-two");
+    let namespaces = "readlink /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/net";
+    assert_eq!(pod.exec(&first, namespaces), pod.exec(&second, namespaces));
+    let own = "readlink /proc/self/ns/pid /proc/self/ns/mnt";
+    assert_ne!(pod.exec(&first, own), pod.exec(&second, own));
+    pod.exec(&first, "echo shared > /dev/shm/word");
+    assert_eq!(pod.exec(&second, "cat /dev/shm/word"), "shared");
+    assert_eq!(pod.exec(&second, "cat /data/file"), "before");
+    fs::write(volume.path().join("file"), "after").unwrap();
+    assert_eq!(pod.exec(&second, "cat /data/file"), "after");
+
+    let request = ContainerRequest { container_id: first.clone(), ..Default::default() };
+    let stats = pod.cri.call::<ContainerStatsResponse>("ContainerStats", &request).unwrap().stats;
+    assert!(stats.memory.working_set_bytes.value > 0 && stats.cpu.usage_core_nano_seconds.value > 0);
+    let limit = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
+    let update = UpdateContainerResourcesRequest {
+        container_id: first.clone(),
+        linux: Some(limit).into(),
+        ..Default::default()
+    };
+    pod.cri.call::<Empty>("UpdateContainerResources", &update).unwrap();
+
+    // The pod outlives its containers, one and all.
+    pod.stop(&first);
+    assert_eq!((pod.state(&first), pod.state(&second)), (ContainerState::EXITED, ContainerState::RUNNING));
+    pod.call("RemoveContainer", &first);
+    pod.stop(&second);
+    let again = pod.started("again", FOREVER, &[]);
+    assert_eq!(pod.exec(&again, "cat /dev/shm/word"), "shared");
+    assert_eq!(pod.exec(&again, "hostname"), "pod-of-two");
+    pod.end();
+    host.assert_nothing_left();
+}
+
+#[test]
+fn two_containers_share_the_pod_of_a_pause_container() {
+    two_containers_share_a_pod("vmshim");
+}
+
+#[test]
+fn two_containers_share_a_sandbox_of_the_shims() {
+    if host().sandboxes_are_the_shims() {
+        two_containers_share_a_pod("vmshim-sandbox");
+    }
+}
+
+#[test]
+fn a_shared_pid_namespace_has_the_processes_of_all_and_stops_one() {
+    let host = host();
+    let pod = Pod::run(&host, "vmshim", NamespaceMode::POD);
+    let first = pod.started("first", FOREVER, &[]);
+    let second = pod.started("second", "exec sleep 7654", &[]);
+    assert!(pod.exec(&first, "ps").contains("sleep 7654"));
+    pod.stop(&first);
+    assert_eq!(pod.state(&second), ContainerState::RUNNING);
+    pod.end();
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_pod_ends_in_any_state() {
+    let host = host();
+    let pod = Pod::run(&host, "vmshim", NamespaceMode::CONTAINER);
+    pod.end();
+    let pod = Pod::run(&host, "vmshim", NamespaceMode::CONTAINER);
+    pod.create("never", FOREVER, &[]);
+    pod.started("done", "true", &[]);
+    pod.started("running", FOREVER, &[]);
+    pod.end();
+    host.assert_nothing_left();
+}
