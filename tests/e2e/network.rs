@@ -79,19 +79,10 @@ impl Pair {
         .concat()
     }
 
-    /// Runs `act` on a thread in the peer's namespace.
-    fn at_peer<T: Send + 'static>(&self, act: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
-        let netns = File::open(format!("/run/netns/{}", self.peer)).unwrap();
-        std::thread::spawn(move || {
-            setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
-            act()
-        })
-    }
-
     /// A server of the peer that does `serve` with its first client.
     fn serve(&self, address: &str, serve: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
         let address: SocketAddr = address.parse().unwrap();
-        let listener = self.at_peer(move || TcpListener::bind(address).unwrap()).join().unwrap();
+        let listener = at(&self.peer, move || TcpListener::bind(address).unwrap()).join().unwrap();
         std::thread::spawn(move || serve(listener.accept().unwrap().0))
     }
 }
@@ -102,6 +93,25 @@ impl Drop for Pair {
             let _ = Command::new("ip").args(["netns", "delete", netns]).output();
         }
     }
+}
+
+/// Runs `act` on a thread in a named namespace.
+fn at<T: Send + 'static>(name: &str, act: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let netns = File::open(format!("/run/netns/{name}")).unwrap();
+    std::thread::spawn(move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        act()
+    })
+}
+
+/// Calls until a server is there and has said something, and returns that.
+fn first_answer(address: &str) -> String {
+    let mut answer = String::new();
+    wait_for("the container's server", Duration::from_secs(60), || {
+        TcpStream::connect(address)
+            .is_ok_and(|mut server| server.read_to_string(&mut answer).is_ok() && !answer.is_empty())
+    });
+    answer
 }
 
 fn ip(arguments: &[&str]) -> String {
@@ -157,17 +167,15 @@ fn a_pod_looks_and_talks_as_its_namespace() {
         inside("up", "head -c 16777216 /dev/zero | nc -w 60 fd00:9::1 7001");
         up.join().unwrap();
 
-        // Inwards: the container listens.
-        let caller = pair.at_peer(|| {
-            let mut answer = String::new();
-            wait_for("the container's server", Duration::from_secs(60), || {
-                TcpStream::connect("10.9.0.2:7002")
-                    .is_ok_and(|mut server| server.read_to_string(&mut answer).is_ok() && !answer.is_empty())
-            });
-            answer
-        });
-        inside("server", "echo hello from the guest | nc -l -p 7002");
-        assert_eq!(caller.join().unwrap(), "hello from the guest\n");
+        // Inwards: the container listens, for the peer, and for the pod's own localhost.
+        for (place, address) in
+            [(&pair.peer, "10.9.0.2:7002"), (&pair.pod, "127.0.0.1:7003"), (&pair.pod, "[::1]:7004")]
+        {
+            let caller = at(place, move || first_answer(address));
+            let port = address.rsplit(':').next().unwrap();
+            inside(&format!("server{port}"), &format!("echo hello from the guest | nc -l -p {port}"));
+            assert_eq!(caller.join().unwrap(), "hello from the guest\n", "{address}");
+        }
 
         let second = host.run(&["--with-ns", &pair.option()], BUSYBOX, &["true"]);
         assert!(!second.status.success());
