@@ -18,6 +18,7 @@ use crate::kill::{processes, wait_for};
 const BYTES: usize = 16 << 20;
 
 const MAC: &str = "02:00:00:00:00:aa";
+const DMZ_MAC: &str = "02:00:00:00:00:dd";
 
 /// Two network namespaces joined by a veth pair, deleted when dropped.
 struct Pair {
@@ -57,6 +58,14 @@ impl Pair {
         pod(&["-6", "route", "add", "default", "via", "fd00:9::1"]);
         pod(&["neigh", "add", "10.9.0.77", "lladdr", "02:00:00:00:00:77", "dev", "eth0", "nud", "permanent"]);
         pair
+    }
+
+    /// Adds a second interface to the pod's namespace.
+    fn add_second(&self) {
+        let pod = |arguments: &[&str]| ip(&[&["-n", self.pod.as_str()], arguments].concat());
+        pod(&["link", "add", "dmz0", "address", DMZ_MAC, "type", "dummy"]);
+        pod(&["link", "set", "dmz0", "up"]);
+        pod(&["address", "add", "10.10.0.2/24", "dev", "dmz0"]);
     }
 
     /// The option of `ctr run` by which a container joins.
@@ -131,15 +140,16 @@ fn pattern() -> Vec<u8> {
 #[test]
 fn a_pod_looks_and_talks_as_its_namespace() {
     let pair = Pair::new("talk");
+    pair.add_second();
     let host = host();
     let before = pair.settings();
     {
         let container = host.background(&["--with-ns", &pair.option()]);
         let inside = |name: &str, line: &str| succeeded(&container.exec(name, &["sh", "-c", line]));
 
-        let seen =
-            inside("look", "ls /sys/class/net; cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address");
-        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo", "1400", MAC]);
+        let seen = inside("look", "ls /sys/class/net; cat /sys/class/net/eth0/mtu /sys/class/net/*0/address");
+        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["dmz0", "eth0", "lo", "1400", DMZ_MAC, MAC]);
+        assert!(inside("second", "ip address show dev dmz0").contains("inet 10.10.0.2/24"));
         let seen = inside("routes", "ip addr show dev eth0; ip route; ip -6 route; ip neigh");
         for line in [
             "inet 10.9.0.2/24",
@@ -197,7 +207,10 @@ fn a_killed_shim_leaves_the_interface_as_it_was() {
     let host = host();
     let before = pair.settings();
     {
-        let _container = host.background(&["--with-ns", &pair.option()]);
+        let container = host.background(&["--with-ns", &pair.option()]);
+        // The slot that nobody needs is not to be seen.
+        let seen = succeeded(&container.exec("look", &["ls", "/sys/class/net"]));
+        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo"]);
         for process in processes("containerd-shim-vmshim-v2") {
             kill(process, Signal::SIGKILL).unwrap();
         }
