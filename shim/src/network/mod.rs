@@ -128,3 +128,24 @@ pub fn undo(redirection: &Redirection) -> std::io::Result<()> {
     };
     netns.run(|| redirect::disconnect(redirection)).map_err(std::io::Error::other)?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_that_is_gone_or_another_by_now_needs_no_undoing() {
+        let own = Netns::open(Path::new("/proc/self/ns/net")).unwrap().inode();
+        let redirection = |netns: &str, inode| Redirection {
+            netns: netns.into(),
+            inode,
+            index: u32::MAX,
+            whole_qdisc: true,
+        };
+        for netns in ["/run/netns/no-such", "/dev/null"] {
+            undo(&redirection(netns, own)).unwrap();
+        }
+        let other = serde_json::from_str(r#"{"device":0,"number":0}"#).unwrap();
+        undo(&redirection("/proc/self/ns/net", other)).unwrap();
+    }
+}
