@@ -3,6 +3,8 @@
 //! * [`agent`] (feature `agent`): the ttrpc service of the guest's first process, generated from `proto/agent.proto`.
 //! * [`control`] (feature `control`): requests, replies and events between the shim and the VMM, with the file
 //!   descriptors that travel along.
+//! * [`netlink`] (feature `netlink`): requests to the kernel that host and guest make of their own network.
+//! * [`nic`]: how the guest knows which virtio-net device is which slot.
 //! * [`power`]: how a guest ends its machine.
 //! * [`shared`]: the virtio-fs device's tag and the layout of the directory it shares.
 //! * [`vsock`]: the port numbers that host and guest agree on.
@@ -11,6 +13,9 @@
 pub mod agent;
 #[cfg(feature = "control")]
 pub mod control;
+#[cfg(feature = "netlink")]
+pub mod netlink;
+pub mod nic;
 pub mod power;
 pub mod shared;
 pub mod vsock;

@@ -12,6 +12,7 @@ mod events;
 mod hooks;
 mod ids;
 mod logging;
+mod network;
 mod oci;
 mod reaper;
 mod sandbox;

@@ -16,6 +16,7 @@ mod isolation;
 mod kill;
 mod layers;
 mod limits;
+mod network;
 mod pods;
 mod restart;
 mod run;

@@ -9,9 +9,10 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
-    Agent, ConnectSocketRequest, ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest,
-    GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest,
-    SignalProcessRequest, StatsResponse, UpdateContainerRequest,
+    Agent, ConfigureNetworkRequest, ConnectLocalhostRequest, ConnectSocketRequest, ContainerRequest,
+    CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess, ListProcessesResponse,
+    ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest, SignalProcessRequest, StatsResponse,
+    UpdateContainerRequest,
 };
 
 /// The service.
@@ -152,6 +153,24 @@ impl Agent for Service {
 
     async fn connect_socket(&self, _: &TtrpcContext, request: ConnectSocketRequest) -> ttrpc::Result<Empty> {
         self.containers.connect_socket(request.connection, request.port).await?;
+        Ok(Empty::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        crate::network::configure(request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_localhost(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectLocalhostRequest,
+    ) -> ttrpc::Result<Empty> {
+        crate::network::connect(&request).await?;
         Ok(Empty::new())
     }
 

@@ -23,7 +23,7 @@ use vmshim_protocol::control::{
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
 use crate::event_loop::{EventLoop, Handler, Interest, Readiness};
 use crate::jail::{self, Identity};
-use crate::machine::{self, Ending, Machine, Parts, Plan, SlotError};
+use crate::machine::{self, Ending, Machine, NicError, Parts, Plan, SlotError};
 use crate::sync::lock;
 use crate::{clock, log};
 use descriptors::Descriptors;
@@ -139,6 +139,11 @@ impl Server {
             }
             Command::DetachDisk { slot } => {
                 life.machine()?.detach_disk(slot).map_err(slot_failure)?;
+                Response::Done
+            }
+            Command::AttachNic { slot } => {
+                let tap = fds.take(FdRole::Tap).map_err(invalid)?;
+                life.machine()?.attach_nic(slot, tap).map_err(nic_failure)?;
                 Response::Done
             }
             Command::Expect { port } => {
@@ -299,11 +304,13 @@ impl Life {
 /// What may come with a command, each as often as it is listed.
 fn roles_of(command: &Command) -> Vec<FdRole> {
     use FdRole::{
-        Disk, Initramfs, Kernel, Kvm, SharedDirectory, StreamSink, StreamSocket, StreamSource, VsockListener,
+        Disk, Initramfs, Kernel, Kvm, SharedDirectory, StreamSink, StreamSocket, StreamSource, Tap,
+        VsockListener,
     };
     match command {
         Command::Configure(_) => vec![Kvm, Kernel, Initramfs, SharedDirectory, VsockListener],
         Command::AttachDisk { .. } => vec![Disk; MAX_DISK_PIECES],
+        Command::AttachNic { .. } => vec![Tap],
         Command::Expect { .. } => vec![StreamSocket, StreamSource, StreamSink],
         _ => Vec::new(),
     }
@@ -333,6 +340,15 @@ fn slot_failure(error: SlotError) -> Failure {
     match error {
         SlotError::Taken(_) | SlotError::Empty(_) => precondition(error),
         SlotError::NoSuchSlot { .. } | SlotError::Disk(_) => {
+            Failure { kind: FailureKind::InvalidArgument, message: sentence(&error) }
+        }
+    }
+}
+
+fn nic_failure(error: NicError) -> Failure {
+    match error {
+        NicError::Taken(_) => precondition(error),
+        NicError::NoSuchSlot { .. } | NicError::Tap(_) => {
             Failure { kind: FailureKind::InvalidArgument, message: sentence(&error) }
         }
     }

@@ -23,7 +23,7 @@ fn in_a_child(act: impl FnOnce() -> i32) -> WaitStatus {
 
 #[test]
 fn a_forbidden_call_kills() {
-    for role in [Role::Vcpu, Role::Io, Role::Blk] {
+    for role in [Role::Vcpu, Role::Io, Role::Blk, Role::Net] {
         let ended = in_a_child(|| {
             if seccomp::apply(role).is_err() {
                 return 1;
@@ -37,7 +37,7 @@ fn a_forbidden_call_kills() {
 
 #[test]
 fn allowed_calls_do_not() {
-    for role in [Role::Vcpu, Role::Io, Role::Blk, Role::Fs] {
+    for role in [Role::Vcpu, Role::Io, Role::Blk, Role::Net, Role::Fs] {
         let ended = in_a_child(|| {
             let mut fds = [0; 2];
             // SAFETY: the call writes two descriptors.

@@ -15,6 +15,8 @@ pub enum Role {
     Io,
     /// Disks.
     Blk,
+    /// Network interfaces.
+    Net,
     /// The shared directory.
     Fs,
 }
@@ -73,6 +75,8 @@ const IO: &[c_long] = &[
     libc::SYS_timerfd_settime,
 ];
 
+const NET: &[c_long] = &[libc::SYS_readv];
+
 const BLK: &[c_long] = &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv, libc::SYS_pwritev];
 
 /// Requests that a thread may make of a descriptor by `ioctl`.
@@ -81,6 +85,11 @@ mod request {
     pub const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
     /// `BLKGETSIZE64`, of a disk that is attached.
     pub const BLOCK_DEVICE_SIZE: u32 = 0x8008_1272;
+    /// `TUNGETIFF` and `TUNSETVNETHDRSZ`, of a tap that is attached.
+    pub const TAP_INTERFACE: u32 = 0x8004_54d2;
+    pub const TAP_HEADER: u32 = 0x4004_54d8;
+    /// `TUNSETOFFLOAD`, of a tap when it is attached or its driver starts, whichever comes last.
+    pub const TAP_OFFLOAD: u32 = 0x4004_54d0;
     /// `FIONBIO`, of a socket that is accepted.
     pub const NON_BLOCKING: u32 = 0x5421;
 }
@@ -91,6 +100,7 @@ impl Role {
             Self::Vcpu => (&[][..], VCPU),
             Self::Io => (WORKER, IO),
             Self::Blk => (WORKER, BLK),
+            Self::Net => (WORKER, NET),
             Self::Fs => (WORKER, needs::SYSTEM_CALLS),
         };
         COMMON.iter().chain(worker).chain(own).copied()
@@ -98,9 +108,15 @@ impl Role {
 
     fn requests(self) -> &'static [u32] {
         match self {
-            Self::Vcpu => &[request::KVM_RUN, request::KVM_KVMCLOCK_CTRL],
-            Self::Io => &[request::BLOCK_DEVICE_SIZE, request::NON_BLOCKING],
-            Self::Blk | Self::Fs => &[],
+            Self::Vcpu => &[request::KVM_RUN, request::KVM_KVMCLOCK_CTRL, request::TAP_OFFLOAD],
+            Self::Io => &[
+                request::BLOCK_DEVICE_SIZE,
+                request::TAP_INTERFACE,
+                request::TAP_HEADER,
+                request::TAP_OFFLOAD,
+                request::NON_BLOCKING,
+            ],
+            Self::Blk | Self::Net | Self::Fs => &[],
         }
     }
 }
@@ -115,7 +131,7 @@ pub fn apply(role: Role) -> Result<(), JailError> {
 mod tests {
     use super::*;
 
-    const ROLES: [Role; 4] = [Role::Vcpu, Role::Io, Role::Blk, Role::Fs];
+    const ROLES: [Role; 5] = [Role::Vcpu, Role::Io, Role::Blk, Role::Net, Role::Fs];
 
     #[test]
     fn no_call_is_listed_twice() {

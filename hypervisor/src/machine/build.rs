@@ -20,6 +20,7 @@ use crate::devices::legacy::Console;
 use crate::devices::virtio::SharedDevice;
 use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
+use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Streams, Vsock};
 use crate::event_loop::EventLoop;
@@ -118,6 +119,11 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
     }
     platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
+    let net_loop = EventLoop::new()?;
+    let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| Arc::new(Mutex::new(Net::new(slot)))).collect();
+    for nic in &nics {
+        platform.add_virtio(&vm, &ram, &net_loop, SharedDevice::new(nic.clone()))?;
+    }
 
     let command_line = CommandLine::new(&platform.windows, plan.kernel_params())?;
     let source = BootSource {
@@ -155,6 +161,10 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         let ending = parts.ending.clone();
         spawn_worker("blk", blk_loop, parts.ending.clone(), move || confine(Role::Blk, &ending))?;
     }
+    if !nics.is_empty() {
+        let ending = parts.ending.clone();
+        spawn_worker("net", net_loop, parts.ending.clone(), move || confine(Role::Net, &ending))?;
+    }
     if let Some(fs) = fs {
         let ending = parts.ending.clone();
         spawn_worker("fs", fs_loop, parts.ending, move || {
@@ -165,7 +175,7 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         })?;
     }
     jail::confine(Role::Io)?;
-    Ok(Machine { _vm: vm.fd, gate, slots, vsock, devices: platform.devices, console, first_run, exits })
+    Ok(Machine { _vm: vm.fd, gate, slots, nics, vsock, devices: platform.devices, console, first_run, exits })
 }
 
 fn spawn_worker(

@@ -4,8 +4,8 @@ use vmshim_protocol::control::MachineConfig;
 
 use crate::boot::MAX_VCPUS;
 
-/// virtio-blk devices of one machine: what the interrupt lines leave beside the other devices.
-pub const MAX_DISK_SLOTS: u8 = 16;
+/// virtio-blk and virtio-net devices of one machine: what the interrupt lines leave beside the other devices.
+pub const MAX_SLOTS: u8 = 16;
 
 const MIN_MEMORY_MIB: u32 = 16;
 const MAX_MEMORY_MIB: u32 = 1 << 20;
@@ -20,8 +20,13 @@ pub enum ConfigError {
     #[error("a machine has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB of memory, not {0}")]
     Memory(u32),
     /// Too many.
-    #[error("a machine has at most {MAX_DISK_SLOTS} disk slots, not {0}")]
-    DiskSlots(u8),
+    #[error("a machine has at most {MAX_SLOTS} disk and NIC slots together, not {disks} and {nics}")]
+    Slots {
+        /// Disk slots.
+        disks: u8,
+        /// NIC slots.
+        nics: u8,
+    },
     /// Root is not an identity to be confined to.
     #[error("the VMM needs a user id and a group id of its own, not those of root")]
     Root,
@@ -41,8 +46,9 @@ impl TryFrom<MachineConfig> for Plan {
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory_mib) {
             return Err(ConfigError::Memory(config.memory_mib));
         }
-        if config.disk_slots > MAX_DISK_SLOTS {
-            return Err(ConfigError::DiskSlots(config.disk_slots));
+        let (disks, nics) = (config.disk_slots, config.nic_slots);
+        if disks.checked_add(nics).is_none_or(|slots| slots > MAX_SLOTS) {
+            return Err(ConfigError::Slots { disks, nics });
         }
         if config.uid == 0 || config.gid == 0 {
             return Err(ConfigError::Root);
@@ -62,9 +68,14 @@ impl Plan {
         u64::from(self.0.memory_mib) << 20
     }
 
-    /// See [`MAX_DISK_SLOTS`].
+    /// See [`MAX_SLOTS`].
     pub fn disk_slots(&self) -> u8 {
         self.0.disk_slots
+    }
+
+    /// See [`MAX_SLOTS`].
+    pub fn nic_slots(&self) -> u8 {
+        self.0.nic_slots
     }
 
     /// The administrator's part of the command line.
@@ -94,6 +105,7 @@ mod tests {
             memory_mib: 256,
             kernel_params: String::new(),
             disk_slots: 4,
+            nic_slots: 2,
             uid: 1000,
             gid: 1000,
         }
@@ -111,7 +123,8 @@ mod tests {
         assert_eq!(refused(|config| config.vcpus = 65), ConfigError::Vcpus(65));
         assert_eq!(refused(|config| config.memory_mib = 15), ConfigError::Memory(15));
         assert_eq!(refused(|config| config.memory_mib = u32::MAX), ConfigError::Memory(u32::MAX));
-        assert_eq!(refused(|config| config.disk_slots = 17), ConfigError::DiskSlots(17));
+        assert_eq!(refused(|config| config.disk_slots = 15), ConfigError::Slots { disks: 15, nics: 2 });
+        assert_eq!(refused(|config| config.nic_slots = 255), ConfigError::Slots { disks: 4, nics: 255 });
         assert_eq!(refused(|config| config.uid = 0), ConfigError::Root);
         assert_eq!(refused(|config| config.gid = 0), ConfigError::Root);
     }

@@ -14,12 +14,13 @@ use kvm_ioctls::VmFd;
 use vmshim_protocol::control::Statistics;
 
 pub use build::{BuildError, Parts, build};
-pub use config::{ConfigError, MAX_DISK_SLOTS, Plan};
+pub use config::{ConfigError, MAX_SLOTS, Plan};
 pub use ending::Ending;
 pub use kvm::KvmError;
 
 use crate::devices::legacy::Console;
 use crate::devices::virtio::blk::{Blk, DiskError};
+use crate::devices::virtio::net::{Net, TapError};
 use crate::devices::virtio::{SharedDevice, VirtioDevice, vsock};
 use crate::sync::lock;
 use crate::vcpu::Gate;
@@ -30,6 +31,7 @@ pub struct Machine {
     _vm: VmFd,
     gate: Arc<Gate>,
     slots: Vec<Arc<Mutex<Blk>>>,
+    nics: Vec<Arc<Mutex<Net>>>,
     vsock: Arc<Mutex<vsock::Vsock>>,
     /// All virtio devices, in their order on the bus.
     devices: Vec<SharedDevice>,
@@ -60,6 +62,25 @@ pub enum SlotError {
     Disk(#[from] DiskError),
 }
 
+/// Why a tap cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum NicError {
+    /// Beyond the configured number.
+    #[error("there is no NIC slot {slot}; this machine has {slots}")]
+    NoSuchSlot {
+        /// Asked for.
+        slot: u8,
+        /// How many there are.
+        slots: usize,
+    },
+    /// A tap is in it.
+    #[error("NIC slot {0} is taken")]
+    Taken(u8),
+    /// Not a tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
 impl Machine {
     /// Lets the vCPUs run, from the start or from where they were paused.
     pub fn run(&self) {
@@ -87,6 +108,17 @@ impl Machine {
     pub fn detach_disk(&self, slot: u8) -> Result<(), SlotError> {
         let detached = lock(self.slot(slot)?).detach();
         if detached { Ok(()) } else { Err(SlotError::Empty(slot)) }
+    }
+
+    /// Connects an idle NIC slot to a tap.
+    ///
+    /// # Errors
+    /// See [`NicError`].
+    pub fn attach_nic(&self, slot: u8, tap: OwnedFd) -> Result<(), NicError> {
+        let missing = NicError::NoSuchSlot { slot, slots: self.nics.len() };
+        let nic = self.nics.get(usize::from(slot)).ok_or(missing)?;
+        let attached = lock(nic).attach(tap)?;
+        if attached { Ok(()) } else { Err(NicError::Taken(slot)) }
     }
 
     fn slot(&self, slot: u8) -> Result<&Mutex<Blk>, SlotError> {

@@ -49,6 +49,7 @@ impl Default for Guest {
             // Such as `ignore_loglevel`, to see more.
             kernel_params: std::env::var("VMSHIM_TEST_PARAMS").unwrap_or_default(),
             disk_slots: 0,
+            nic_slots: 0,
             uid: 4_000_001,
             gid: 4_000_001,
         };

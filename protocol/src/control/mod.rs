@@ -29,8 +29,8 @@ pub struct Request {
 
 /// What the shim can ask of the VMM.
 ///
-/// Life of a VM: `Configure`, `Boot`, then any of the others. `AttachDisk` and `Expect` are also accepted between
-/// `Configure` and `Boot`.
+/// Life of a VM: `Configure`, `Boot`, then any of the others. `AttachDisk`, `AttachNic` and `Expect` are also accepted
+/// between `Configure` and `Boot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
@@ -68,6 +68,15 @@ pub enum Command {
         /// The slot to empty.
         slot: u8,
     },
+    /// Connects an idle virtio-net slot to a tap (descriptor: `Tap`, without packet information and with the virtio
+    /// header). The guest sees the link come up. The tap stays in the slot for the
+    /// life of the VM.
+    AttachNic {
+        /// From 0 to [`MachineConfig::nic_slots`] - 1. The guest knows the device by [`nic::slot_mac`].
+        ///
+        /// [`nic::slot_mac`]: crate::nic::slot_mac
+        slot: u8,
+    },
     /// Connects the guest's next connection to host port `port` to the descriptors sent along: `StreamSocket` (both
     /// directions), or `StreamSource` (read by the VMM, towards the guest) and `StreamSink` (written by the VMM) or
     /// one of the two. They may be sockets, pipes, FIFOs, terminals or regular files. The port is used once.
@@ -98,6 +107,8 @@ pub enum FdRole {
     VsockListener,
     /// A regular file or block device.
     Disk,
+    /// A tap of `/dev/net/tun`.
+    Tap,
     /// Both directions of a stream.
     StreamSocket,
     /// Read by the VMM and sent to the guest; end of file becomes a half-close.
@@ -121,6 +132,9 @@ pub struct MachineConfig {
     pub kernel_params: String,
     /// virtio-blk devices made, empty until `AttachDisk`.
     pub disk_slots: u8,
+    /// virtio-net devices made, without a link until `AttachNic`.
+    #[serde(default)]
+    pub nic_slots: u8,
     /// The host user id and group id that the VMM runs as once it is jailed.
     pub uid: u32,
     /// See `uid`.

@@ -49,6 +49,10 @@ impl AgentConnection {
         set_up_pod(api::SetUpPodRequest) -> api::Empty;
         /// Ends everything in the guest, and the guest.
         power_off(api::Empty) -> api::Empty;
+        /// Configures network interfaces.
+        configure_network(api::ConfigureNetworkRequest) -> api::Empty;
+        /// Connects a stream to a port of the guest's localhost.
+        connect_localhost(api::ConnectLocalhostRequest) -> api::Empty;
         /// Makes a container and its init process.
         create_container(api::CreateContainerRequest) -> api::ProcessCreated;
         /// Prepares one more process.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -23,6 +24,7 @@ use super::files;
 use super::life::Stage;
 use super::request::SandboxConfig;
 use crate::cgroup::Cgroup;
+use crate::network;
 use crate::task::{METRICS_TYPE, Pod, Shape, TaskError};
 
 /// How long the guest may take to end its containers and write back its disks before it is stopped as it is.
@@ -73,7 +75,8 @@ impl Service {
             parent => Some(cgroup_of(parent, self.pod.id.as_str())?),
         };
         self.pod.sandbox.create()?;
-        self.pod.launch(Ok(Shape { limits: config.limits, cgroup, oom_score: None }));
+        let netns = network::meant_by(Path::new(&request.netns_path));
+        self.pod.launch(Ok(Shape { limits: config.limits, cgroup, oom_score: None, netns }));
         match self.furnish(&config, request.options.is_some()) {
             Ok(()) => *self.requested() = Requested { netns_path: request.netns_path, pod: config },
             Err(error) => {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::{ProcessId, StateError};
+use crate::network::Inode;
 
 /// One side effect on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +31,8 @@ pub enum Entry {
     Hooks(Hooked),
     /// A container whose hooks for its end have been run.
     HooksDone(Hooked),
+    /// What hands the traffic of a pod's interface to its tap. Undone by taking it off; the tap goes with the VMM.
+    Redirection(Redirection),
 }
 
 /// A container that has hooks.
@@ -39,6 +42,19 @@ pub struct Hooked {
     pub id: String,
     /// Its bundle, with its spec.
     pub bundle: PathBuf,
+}
+
+/// An interface in a network namespace whose traffic is handed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redirection {
+    /// Where the namespace is found.
+    pub netns: PathBuf,
+    /// Which one it is.
+    pub inode: Inode,
+    /// The interface's index in it.
+    pub index: u32,
+    /// There was no ingress queueing discipline, so all of it is ours.
+    pub whole_qdisc: bool,
 }
 
 /// An open journal.
@@ -104,6 +120,12 @@ mod tests {
             Entry::File("/run/s".into()),
             Entry::Process(ProcessId::of_self().unwrap()),
             Entry::Mount("/m\n\"x".into()),
+            Entry::Redirection(Redirection {
+                netns: "/run/netns/x".into(),
+                inode: serde_json::from_str(r#"{"device":4,"number":9}"#).unwrap(),
+                index: 2,
+                whole_qdisc: true,
+            }),
         ];
         entries.iter().for_each(|entry| journal.intend(entry).unwrap());
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"mou").unwrap();

@@ -53,6 +53,9 @@ fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
             }
             Entry::Hooks(hooked) if done.contains(hooked) => continue,
             Entry::Hooks(hooked) => (hooked.bundle.as_path(), run_left_poststop(&hooked.id, &hooked.bundle)),
+            Entry::Redirection(redirection) => {
+                (redirection.netns.as_path(), crate::network::undo(redirection))
+            }
             Entry::File(path) if Some(path.as_path()) == kept => continue,
             Entry::File(path) => (path.as_path(), remove_file(path)),
         };

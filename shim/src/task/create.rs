@@ -137,6 +137,7 @@ async fn build(
         sockets: (0..).zip(owners).map(|(number, owner)| socket(number, owner)).collect(),
         ..Default::default()
     };
+    pod.network_ready(vm).await?;
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
 }
 

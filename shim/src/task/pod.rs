@@ -18,6 +18,7 @@ use crate::cgroup::{Cgroup, InvalidPath};
 use crate::config::{Config, ConfigError, OptionsError, RuntimeOptions};
 use crate::events::Publisher;
 use crate::ids::Name;
+use crate::network::Ready;
 use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Life};
@@ -27,6 +28,9 @@ use crate::vm::{LaunchError, Launcher, Machine, Vm};
 
 /// How long to wait for the reason when the guest's connection breaks.
 const REASON_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long to wait for the host's side of the network when the pod ends.
+const NETWORK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The longest part of a caller's deadline that is kept for the answer's way back.
 const MAX_MARGIN: Duration = Duration::from_millis(500);
@@ -91,6 +95,7 @@ pub struct Pod {
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
+    network: OnceLock<Ready>,
     prepared: Mutex<Option<Result<Prepared, BootError>>>,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
@@ -123,6 +128,7 @@ impl Pod {
             reaper: reaper.clone(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
+            network: OnceLock::new(),
             prepared: Mutex::new(Some(prepared)),
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
             containers: Mutex::default(),
@@ -138,12 +144,16 @@ impl Pod {
     pub fn launch(self: &Arc<Self>, shape: Result<Shape, BootError>) {
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(prepared) = prepared else { return };
-        let vm = prepared.and_then(|prepared| prepared.launch(&self.id, &self.dir, shape?));
-        let vm = self.vm.get_or_init(|| {
-            vm.map_err(|error| {
+        let launched = prepared.and_then(|prepared| prepared.launch(&self.id, &self.dir, shape?));
+        let vm = self.vm.get_or_init(|| match launched {
+            Ok((vm, network)) => {
+                self.network.get_or_init(|| network);
+                Ok(vm)
+            }
+            Err(error) => {
                 log::error!("the VM cannot be started: {error}");
-                Arc::new(error)
-            })
+                Err(Arc::new(error))
+            }
         });
         if let Ok(vm) = vm {
             super::exits::watch(self, vm);
@@ -237,6 +247,25 @@ impl Pod {
         }
     }
 
+    /// Waits until the guest has the pod's network.
+    ///
+    /// # Errors
+    /// Why it has not, or why the VM ended.
+    pub async fn network_ready(&self, vm: &Vm) -> Result<(), TaskError> {
+        let Some(network) = self.network.get() else { return Ok(()) };
+        match network.wait().await {
+            Ok(()) => Ok(()),
+            Err(error) if error.guest_is_gone() => {
+                // The VMM tells why, on another socket.
+                match tokio::time::timeout(REASON_LIMIT, vm.ended()).await {
+                    Ok(end) => Err(TaskError::VmEnded(end.sentence())),
+                    Err(_) => Err(TaskError::Network(error)),
+                }
+            }
+            Err(error) => Err(TaskError::Network(error)),
+        }
+    }
+
     /// Asks the process to end.
     pub fn request_shutdown(&self) {
         self.shutdown.notify_one();
@@ -259,6 +288,12 @@ impl Pod {
     pub async fn wind_up(&self) {
         self.stop_vm().await;
         log::debug!("the VM is gone");
+        // What is still being made would not be undone. Where it hangs, `delete` ends this process first.
+        if let Some(network) = self.network.get()
+            && tokio::time::timeout(NETWORK_LIMIT, network.wait()).await.is_err()
+        {
+            log::warn!("the pod's network is still being set up");
+        }
         self.events.flush(Duration::from_secs(3)).await;
         if let Err(error) = undo(&self.dir) {
             log::error!("something is left for `delete` to undo: {error}");
@@ -286,6 +321,7 @@ impl Pod {
             reaper: Reaper::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
+            network: OnceLock::new(),
             prepared: Mutex::default(),
             request_timeout: Duration::from_secs(5),
             containers: Mutex::default(),
@@ -321,6 +357,8 @@ pub struct Shape {
     pub cgroup: Option<Cgroup>,
     /// The VMM's `oom_score_adj`.
     pub oom_score: Option<i32>,
+    /// The network namespace whose interfaces become the guest's.
+    pub netns: Option<PathBuf>,
 }
 
 impl Shape {
@@ -330,8 +368,12 @@ impl Shape {
     /// When its spec is not understood.
     fn of_bundle(bundle: &Path) -> Result<Self, BootError> {
         let spec = Spec::read(bundle)?;
+        if spec.wants_host_network() {
+            log::info!("the host's network cannot be shared with a VM: it has loopback only");
+        }
         let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
-        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score() })
+        let netns = spec.network_namespace().map(Path::to_owned);
+        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score(), netns })
     }
 }
 
@@ -343,7 +385,9 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<Arc<Vm>, BootError> {
+    fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<(Arc<Vm>, Ready), BootError> {
+        let (hypervisor, runtime) = (&self.config.hypervisor, &self.config.runtime);
+        let nic_slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
         let launcher = Launcher {
             config: &self.config,
             machine: Machine::new(&self.config, &shape.limits),
@@ -351,9 +395,16 @@ impl Prepared {
             shared: &dir.shared(),
             cgroup: shape.cgroup,
             oom_score: shape.oom_score,
+            nic_slots,
             debug: log::log_enabled!(log::Level::Debug),
         };
-        Ok(launcher.launch(&self.journal, &self.reaper, || mount_shared(dir, &self.journal))?)
+        let vm = launcher.launch(&self.journal, &self.reaper, || mount_shared(dir, &self.journal))?;
+        let network = shape.netns.map_or_else(Ready::nothing, |netns| {
+            let limit = hypervisor.boot_timeout_seconds + runtime.request_timeout_seconds;
+            let deadline = Instant::now() + Duration::from_secs(limit.into());
+            Ready::begin(netns, nic_slots, self.journal.clone(), vm.clone(), deadline)
+        });
+        Ok((vm, network))
     }
 }
 

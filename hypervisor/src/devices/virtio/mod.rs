@@ -8,6 +8,7 @@ mod worker;
 
 pub mod blk;
 pub mod fs;
+pub mod net;
 pub mod rng;
 pub mod vsock;
 
