@@ -1,11 +1,13 @@
 //! Undoing a pod's journal.
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::process::{signal, wait_gone};
 use super::{Entry, Journal, PodDir, ProcessId, StateError};
@@ -16,6 +18,9 @@ const SHIM_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the kernel may take to end a killed process.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a cgroup whose processes have been killed may keep one.
+const UNPOPULATED_LIMIT: Duration = Duration::from_secs(2);
 
 /// Undoes everything in the journal and removes the pod's directory. May be done again, and after any interruption.
 ///
@@ -105,7 +110,33 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
         }
         _ => {}
     }
-    ignore_missing(std::fs::remove_dir(path))
+    match std::fs::remove_dir(path) {
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+            wait_unpopulated(path)?;
+            ignore_missing(std::fs::remove_dir(path))
+        }
+        result => ignore_missing(result),
+    }
+}
+
+/// Waits until the last process of a cgroup is gone: one that has been killed is in it until it has exited.
+fn wait_unpopulated(cgroup: &Path) -> io::Result<()> {
+    let until = Instant::now() + UNPOPULATED_LIMIT;
+    loop {
+        let mut file = match std::fs::File::open(cgroup.join("cgroup.events")) {
+            // Version 1 has none, and killed processes have been waited for.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
+        let mut events = String::new();
+        file.read_to_string(&mut events)?;
+        let left = until.saturating_duration_since(Instant::now());
+        if events.lines().any(|line| line == "populated 0") || left.is_zero() {
+            return Ok(());
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], timeout)?;
+    }
 }
 
 fn remove_file(path: &Path) -> io::Result<()> {

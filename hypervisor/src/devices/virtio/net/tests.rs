@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use nix::sys::epoll::EpollTimeout;
 use proptest::prelude::*;
-use virtio_queue::QueueT;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
