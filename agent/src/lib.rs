@@ -4,7 +4,8 @@
 //! * [`server`]: the ttrpc service. [`containers`]: the containers and their processes.
 //! * [`engine`]: makes a container or process, in a short-lived run of this same program.
 //! * [`stdio`]: standard streams, one vsock stream each. [`events`]: what the shim is told. [`reaper`]: exits.
-//! * [`cgroup`]: limits, device rules, statistics. [`link`]: streams to the host. [`log`], [`power`], [`sys`].
+//! * [`cgroup`]: limits, device rules, statistics. [`link`]: streams to the host.
+//! * [`network`]: the guest's interfaces. [`log`], [`power`], [`sys`].
 //!
 //! The agent is one thread with an event loop, and a few more while something may block. The shim is trusted; what runs
 //! in containers, and their file systems, are not.
@@ -17,6 +18,7 @@ pub mod events;
 pub mod failure;
 pub mod link;
 pub mod log;
+pub mod network;
 pub mod power;
 pub mod reaper;
 pub mod server;

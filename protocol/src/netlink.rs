@@ -32,7 +32,7 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Asks to be told of changes of `group`, such as `RTNLGRP_LINK`, which [`Netlink::next`] then returns. Such a
+    /// Asks to be told of changes of `group`, such as `RTNLGRP_LINK`, which [`Netlink::changes`] then returns. Such a
     /// connection is for nothing else.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ impl Netlink {
     ///
     /// # Errors
     /// The kernel's; also when so many came that some are lost.
-    pub fn next(&mut self) -> io::Result<Vec<RouteNetlinkMessage>> {
+    pub fn changes(&mut self) -> io::Result<Vec<RouteNetlinkMessage>> {
         let (bytes, _) = self.socket.recv_from_full()?;
         let mut found = Vec::new();
         for message in messages(&bytes) {

@@ -11,6 +11,7 @@ mod config;
 mod events;
 mod ids;
 mod logging;
+mod network;
 mod oci;
 mod reaper;
 mod serve;

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use crate::fixture::{BUSYBOX, host};
 
 /// The processes of a container's pod whose command line has a word in it.
-fn processes(word: &str) -> Vec<Pid> {
+pub fn processes(word: &str) -> Vec<Pid> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
@@ -23,7 +23,8 @@ fn processes(word: &str) -> Vec<Pid> {
     found
 }
 
-fn wait_for(what: &str, deadline: Duration, mut met: impl FnMut() -> bool) {
+/// Waits until a condition is met that nobody announces.
+pub fn wait_for(what: &str, deadline: Duration, mut met: impl FnMut() -> bool) {
     let started = Instant::now();
     while !met() {
         assert!(started.elapsed() < deadline, "{what} did not come within {deadline:?}");

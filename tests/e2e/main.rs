@@ -14,6 +14,7 @@ mod images;
 mod isolation;
 mod kill;
 mod limits;
+mod network;
 mod run;
 mod shim;
 mod stdio;

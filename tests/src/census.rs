@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Everything on the host that a container's life may have added to.
@@ -10,13 +11,15 @@ use std::time::{Duration, Instant};
 pub struct Census(BTreeSet<String>);
 
 impl Census {
-    /// Counts processes, mounts, sockets, network interfaces, cgroups, loop devices and the runtime's own files.
+    /// Counts processes, mounts, sockets, network interfaces (those of named namespaces too, with what
+    /// redirects their traffic), cgroups, loop devices and the runtime's own files.
     pub fn take() -> Self {
         let mut found = BTreeSet::new();
         processes(&mut found);
         mounts(&mut found);
         sockets(&mut found);
         links(&mut found);
+        namespaces(&mut found);
         files(&mut found, Path::new("/run/vmshim"), "file", usize::MAX);
         files(&mut found, Path::new("/run/containerd/s"), "file", usize::MAX);
         directories(&mut found, Path::new("/sys/fs/cgroup"));
@@ -86,6 +89,29 @@ fn sockets(found: &mut BTreeSet<String>) {
 
 fn links(found: &mut BTreeSet<String>) {
     files(found, Path::new("/sys/class/net"), "link", 1);
+}
+
+/// What `ip netns` knows of.
+fn namespaces(found: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir("/run/netns") else { return };
+    for name in entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+        for (kind, program, arguments) in
+            [("link", "ip", &["-o", "link", "show"][..]), ("qdisc", "tc", &["qdisc", "show"])]
+        {
+            let output = Command::new(program).args(["-n", &name]).args(arguments).output();
+            let text = output.map(|output| output.stdout).unwrap_or_default();
+            for line in String::from_utf8_lossy(&text).lines() {
+                // The name of the interface, or the kind of the discipline and where it is.
+                let words: Vec<_> = line.split_whitespace().take(5).collect();
+                let what = if kind == "link" {
+                    words.get(1).copied().unwrap_or_default().to_owned()
+                } else {
+                    words.join(" ")
+                };
+                found.insert(format!("{kind} {name} {what}"));
+            }
+        }
+    }
 }
 
 fn loops(found: &mut BTreeSet<String>) {

@@ -9,9 +9,9 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess,
-    ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SignalProcessRequest,
-    StatsResponse, UpdateContainerRequest,
+    Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, Empty, Event,
+    ExecProcessRequest, GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest,
+    ResizePtyRequest, SignalProcessRequest, StatsResponse, UpdateContainerRequest,
 };
 
 /// The service.
@@ -140,6 +140,15 @@ impl Agent for Service {
 
     async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
         self.containers.get(&request.container_id)?.freeze(false).await?;
+        Ok(Empty::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        crate::network::configure(request).await?;
         Ok(Empty::new())
     }
 

@@ -45,6 +45,8 @@ impl AgentConnection {
     }
 
     calls! {
+        /// Configures network interfaces.
+        configure_network(api::ConfigureNetworkRequest) -> api::Empty;
         /// Makes a container and its init process.
         create_container(api::CreateContainerRequest) -> api::ProcessCreated;
         /// Prepares one more process.

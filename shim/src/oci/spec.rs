@@ -172,6 +172,17 @@ impl Spec {
         self.process.oom_score_adj
     }
 
+    /// The network namespace to join; none where the container is to have a new one, or the host's.
+    pub fn network_namespace(&self) -> Option<&Path> {
+        let network = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network")?;
+        Some(Path::new(&network.path)).filter(|path| !path.as_os_str().is_empty())
+    }
+
+    /// Whether the container is to share the host's network.
+    pub fn wants_host_network(&self) -> bool {
+        !self.linux.namespaces.iter().any(|namespace| namespace.kind == "network")
+    }
+
     /// An annotation's value.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.get(name).map(String::as_str)
@@ -219,6 +230,19 @@ mod tests {
             Spec::read(bundle.path()).unwrap_err().to_string(),
             "config.json: process.args must name the program to run"
         );
+    }
+
+    #[test]
+    fn a_network_namespace_is_joined_new_or_the_hosts() {
+        let spec = |namespaces: &str| {
+            let linux = format!(r#"{{"process":{{"args":["a"]}},"linux":{{"namespaces":[{namespaces}]}}}}"#);
+            Spec::parse(linux.as_bytes()).unwrap()
+        };
+        let joined = spec(r#"{"type":"pid"},{"type":"network","path":"/run/netns/x"}"#);
+        assert_eq!(joined.network_namespace(), Some(Path::new("/run/netns/x")));
+        let own = spec(r#"{"type":"network"}"#);
+        assert_eq!((own.network_namespace(), own.wants_host_network()), (None, false));
+        assert!(spec(r#"{"type":"pid"}"#).wants_host_network());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::{ProcessId, StateError};
+use crate::network::Inode;
 
 /// One side effect on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,21 @@ pub enum Entry {
     CgroupParent(PathBuf),
     /// A socket or other file. Undone by unlinking it.
     File(PathBuf),
+    /// What hands the traffic of a pod's interface to its tap. Undone by taking it off; the tap goes with the VMM.
+    Redirection(Redirection),
+}
+
+/// An interface in a network namespace whose traffic is handed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redirection {
+    /// Where the namespace is found.
+    pub netns: PathBuf,
+    /// Which one it is.
+    pub inode: Inode,
+    /// The interface's index in it.
+    pub index: u32,
+    /// There was no ingress queueing discipline, so all of it is ours.
+    pub whole_qdisc: bool,
 }
 
 /// An open journal.

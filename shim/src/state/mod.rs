@@ -10,7 +10,7 @@ mod pod_dir;
 mod process;
 mod undo;
 
-pub use journal::{Entry, Journal};
+pub use journal::{Entry, Journal, Redirection};
 pub use pod_dir::PodDir;
 pub use process::ProcessId;
 pub use undo::{undo, undo_predecessor};

@@ -45,6 +45,9 @@ fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
                 let _ = std::fs::remove_dir(path);
                 continue;
             }
+            Entry::Redirection(redirection) => {
+                (redirection.netns.as_path(), crate::network::undo(redirection))
+            }
             Entry::File(path) if Some(path.as_path()) == kept => continue,
             Entry::File(path) => (path.as_path(), remove_file(path)),
         };

@@ -111,6 +111,7 @@ async fn build(
         stdio: MessageField::some(stdio),
         ..Default::default()
     };
+    pod.network_ready(vm).await?;
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
 }
 

@@ -7,6 +7,7 @@ use ttrpc::Code;
 use crate::agent_client::{AgentError, GuestCode};
 use crate::config::OptionsError;
 use crate::ids::InvalidName;
+use crate::network::NetworkError;
 use crate::oci::SpecError;
 use crate::stdio::StdioError;
 use crate::storage::StorageError;
@@ -71,6 +72,9 @@ pub enum TaskError {
     /// Root file system or volumes.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The network.
+    #[error("{0}")]
+    Network(Arc<NetworkError>),
     /// Standard streams.
     #[error(transparent)]
     Stdio(#[from] StdioError),
@@ -98,6 +102,7 @@ impl TaskError {
             }
             Self::Boot(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
             Self::Boot(_) => Code::FAILED_PRECONDITION,
+            Self::Network(error) => error.code(),
             Self::Storage(StorageError::NoSlot) => Code::RESOURCE_EXHAUSTED,
             Self::Storage(StorageError::Mount { .. }) => Code::UNKNOWN,
             Self::Storage(_) | Self::Stdio(_) => Code::INVALID_ARGUMENT,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use crate::cgroup::{Cgroup, InvalidPath};
 use crate::config::{Config, ConfigError, OptionsError, RuntimeOptions};
 use crate::events::Publisher;
 use crate::ids::Name;
+use crate::network::Ready;
 use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
@@ -79,6 +80,7 @@ pub struct Pod {
     /// Its state on the host.
     pub dir: PodDir,
     vm: Result<Arc<Vm>, Arc<BootError>>,
+    network: Ready,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
     shutdown: Notify,
@@ -94,16 +96,21 @@ impl Pod {
     ) -> Arc<Self> {
         let settings = config.as_ref().cloned().unwrap_or_default();
         let dir = PodDir::new(&settings.runtime.state_dir, &serving.namespace, &serving.group);
-        let vm = config.and_then(|config| launch(serving, &config, &dir, reaper)).map_err(|error| {
+        let launched = config.and_then(|config| launch(serving, &config, &dir, reaper)).map_err(|error| {
             log::error!("the VM cannot be started: {error}");
             Arc::new(error)
         });
+        let (vm, network) = match launched {
+            Ok((vm, network)) => (Ok(vm), network),
+            Err(error) => (Err(error), Ready::nothing()),
+        };
         let pod = Arc::new(Self {
             namespace: serving.namespace.clone(),
             events,
             slots: Slots::new(settings.hypervisor.disk_slots),
             dir,
             vm,
+            network,
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
             containers: Mutex::default(),
             shutdown: Notify::new(),
@@ -200,6 +207,24 @@ impl Pod {
         }
     }
 
+    /// Waits until the guest has the pod's network.
+    ///
+    /// # Errors
+    /// Why it has not, or why the VM ended.
+    pub async fn network_ready(&self, vm: &Vm) -> Result<(), TaskError> {
+        match self.network.wait().await {
+            Ok(()) => Ok(()),
+            Err(error) if error.guest_is_gone() => {
+                // The VMM tells why, on another socket.
+                match tokio::time::timeout(REASON_LIMIT, vm.ended()).await {
+                    Ok(end) => Err(TaskError::VmEnded(end.sentence())),
+                    Err(_) => Err(TaskError::Network(error)),
+                }
+            }
+            Err(error) => Err(TaskError::Network(error)),
+        }
+    }
+
     /// Asks the process to end.
     pub fn request_shutdown(&self) {
         self.shutdown.notify_one();
@@ -239,6 +264,7 @@ impl Pod {
             slots: Slots::new(1),
             dir,
             vm: Ok(vm.clone()),
+            network: Ready::nothing(),
             request_timeout: Duration::from_secs(5),
             containers: Mutex::default(),
             shutdown: Notify::new(),
@@ -264,9 +290,19 @@ pub fn configure(serving: &Serving) -> Result<(RuntimeOptions, Config), BootErro
     Ok((options, config))
 }
 
-fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> Result<Arc<Vm>, BootError> {
+fn launch(
+    serving: &Serving,
+    config: &Config,
+    dir: &PodDir,
+    reaper: &Reaper,
+) -> Result<(Arc<Vm>, Ready), BootError> {
     let spec = Spec::read(&serving.bundle)?;
     let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
+    let netns = spec.network_namespace().map(Path::to_owned);
+    if spec.wants_host_network() {
+        log::info!("the host's network cannot be shared with a VM: it has loopback only");
+    }
+    let nic_slots = if netns.is_some() { config.hypervisor.nic_slots } else { 0 };
     let journal = begin_journal(serving, config, dir)?;
     let launcher = Launcher {
         config,
@@ -275,9 +311,16 @@ fn launch(serving: &Serving, config: &Config, dir: &PodDir, reaper: &Reaper) -> 
         shared: &dir.shared(),
         cgroup,
         oom_score: spec.oom_score(),
+        nic_slots,
         debug: log::log_enabled!(log::Level::Debug),
     };
-    Ok(launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?)
+    let vm = launcher.launch(&journal, reaper, || mount_shared(dir, &journal))?;
+    let network = netns.map_or_else(Ready::nothing, |netns| {
+        let limit = config.hypervisor.boot_timeout_seconds + config.runtime.request_timeout_seconds;
+        let deadline = Instant::now() + Duration::from_secs(limit.into());
+        Ready::begin(netns, nic_slots, journal, vm.clone(), deadline)
+    });
+    Ok((vm, network))
 }
 
 fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Journal, StateError> {

@@ -77,6 +77,8 @@ pub struct Launcher<'a> {
     pub cgroup: Option<Cgroup>,
     /// The VMM's `oom_score_adj`, where the pod has one.
     pub oom_score: Option<i32>,
+    /// Network interfaces that it can have.
+    pub nic_slots: u8,
     /// Whether the guest's log is wanted.
     pub debug: bool,
 }
@@ -140,6 +142,7 @@ impl Launcher<'_> {
                 memory_mib: self.machine.memory_mib,
                 kernel_params: vm.kernel_params.clone(),
                 disk_slots: vm.disk_slots,
+                nic_slots: self.nic_slots,
                 uid: vm.uid,
                 gid: vm.gid,
             },

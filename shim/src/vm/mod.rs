@@ -118,6 +118,19 @@ impl Vm {
         self.request(Command::DetachDisk { slot }, &[], deadline).await
     }
 
+    /// Connects an idle NIC slot to a tap.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn attach_nic(
+        &self,
+        slot: u8,
+        tap: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<(), ControlError> {
+        self.request(Command::AttachNic { slot }, &[(FdRole::Tap, tap)], deadline).await
+    }
+
     /// Asks a VMM that has taken its configuration, so that a refusal of that is what the caller hears of.
     async fn request(
         &self,

@@ -104,9 +104,7 @@ mod tests {
     #[test]
     fn segmentation_must_be_negotiated_and_sensible() {
         let wanted = |kind, segment| header(1, kind, 54, segment, 34, 16);
-        for (kind, needed) in
-            [(1, feature::HOST_TSO4), (4, feature::HOST_TSO6), (0x81, feature::HOST_ECN)]
-        {
+        for (kind, needed) in [(1, feature::HOST_TSO4), (4, feature::HOST_TSO6), (0x81, feature::HOST_ECN)] {
             assert_eq!(checked(wanted(kind, 1448), 9000, ALL).unwrap()[..10], wanted(kind, 1448)[..10]);
             assert_eq!(checked(wanted(kind, 1448), 9000, ALL & !needed), None);
         }

@@ -113,7 +113,11 @@ impl Receiver {
         }
     }
 
-    fn try_receive(&mut self, tap: &Tap, statistics: &mut DeviceStatistics) -> Result<(), virtio_queue::Error> {
+    fn try_receive(
+        &mut self,
+        tap: &Tap,
+        statistics: &mut DeviceStatistics,
+    ) -> Result<(), virtio_queue::Error> {
         let mut delivered = 0;
         if self.starving {
             self.queue.disable_notification(&*self.memory)?;
@@ -229,7 +233,9 @@ impl Held {
             }
             start.get_or_insert(descriptor.addr());
             bytes = bytes.checked_add(len)?;
-            for slice in GuestMemory::get_slices(&**memory, descriptor.addr(), len, Permissions::Write).ok()? {
+            for slice in
+                GuestMemory::get_slices(&**memory, descriptor.addr(), len, Permissions::Write).ok()?
+            {
                 let slice = slice.ok()?;
                 let guard = slice.ptr_guard_mut();
                 self.vectors.push(iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });

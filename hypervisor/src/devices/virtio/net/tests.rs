@@ -106,7 +106,7 @@ impl Bench {
 use crate::sync::lock;
 
 fn pattern(index: usize) -> u8 {
-    (index % 251) as u8
+    u8::try_from(index % 251).unwrap()
 }
 
 fn descriptors(chains: &[&[(u64, u32, u16)]]) -> Vec<RawDescriptor> {

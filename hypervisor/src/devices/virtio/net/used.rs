@@ -92,7 +92,8 @@ mod tests {
         queue.set_event_idx(true);
         let mut used = Used::default();
         let event = GuestAddress(queue.avail_ring() + 4 + 2 * 8);
-        for (event_index, published, wanted) in [(0u16, 1, true), (0, 2, false), (4, 2, true), (9, 3, false)] {
+        for (event_index, published, wanted) in [(0u16, 1, true), (0, 2, false), (4, 2, true), (9, 3, false)]
+        {
             memory.write_obj(event_index, event).unwrap();
             for head in 0..published {
                 used.write(&memory, &queue, head, 0).unwrap();

@@ -1,0 +1,208 @@
+//! The guest's network interfaces, made to look as those that the pod has on the host.
+//!
+//! The shim says what it found in the pod's network namespace; everything in a request is meant so, and checked only for
+//! being possible at all, so that an error names the field. Interfaces are known by their slot, see
+//! [`vmshim_protocol::nic`]. Slots that stay idle are taken from their driver, since a container should see no
+//! interface that it would not see on the host. All of it waits for the kernel, so it runs on a thread that may.
+
+mod messages;
+mod request;
+
+use crate::failure::{Failure, Kind, describe};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use request::Interface;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use vmshim_protocol::agent::ConfigureNetworkRequest;
+use vmshim_protocol::netlink::route::RouteNetlinkMessage;
+use vmshim_protocol::netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use vmshim_protocol::netlink::{NLM_F_CREATE, NLM_F_REPLACE, Netlink};
+use vmshim_protocol::nic::slot_mac;
+
+/// `RTNLGRP_LINK`: changes of interfaces.
+const LINK_GROUP: u32 = 1;
+
+/// How long a link may take to come up. The host's end is there already, so it is a matter of an interrupt.
+const LINK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Configures interfaces and waits until their links are up.
+pub async fn configure(request: ConfigureNetworkRequest) -> Result<(), Failure> {
+    let interfaces = request::parse(&request)?;
+    let done = tokio::task::spawn_blocking(move || apply(&interfaces)).await;
+    done.unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "the network's thread has died")))
+}
+
+fn internal(what: &str, error: &io::Error) -> Failure {
+    Failure::new(Kind::Internal, format!("{what}: {}", describe(error)))
+}
+
+fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
+    let talk = |error: io::Error| internal("talk to the guest's kernel about its network", &error);
+    let mut netlink = Netlink::open().map_err(talk)?;
+    // Before anything comes up, so that nothing is missed.
+    let mut changes = Netlink::open().map_err(talk)?;
+    changes.subscribe(LINK_GROUP).map_err(talk)?;
+    let mut slots = slots(&mut netlink).map_err(talk)?;
+    let mut ours = Vec::new();
+    for interface in interfaces {
+        let slot = slots.remove(&interface.slot).ok_or_else(|| {
+            let message =
+                format!("interface {}: the guest has no NIC slot {}", interface.name, interface.slot);
+            Failure::new(Kind::FailedPrecondition, message)
+        })?;
+        ours.push((interface, slot.index));
+    }
+    for (number, slot) in &slots {
+        retire(slot).map_err(|error| internal(&format!("put away idle NIC slot {number}"), &error))?;
+    }
+    // One may have the name that another shall have.
+    for (interface, index) in &ours {
+        let name = format!("vmshim{}", interface.slot);
+        netlink.change(messages::rename(*index, name), 0).map_err(talk)?;
+    }
+    for (interface, index) in &ours {
+        set_up(&mut netlink, interface, *index)?;
+    }
+    wait_for_links(&mut netlink, &mut changes, &ours)
+}
+
+/// One virtio-net device.
+struct Slot {
+    index: u32,
+    name: String,
+}
+
+/// Those that have a driver, by number.
+fn slots(netlink: &mut Netlink) -> io::Result<BTreeMap<u8, Slot>> {
+    let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+    Ok(links.iter().filter_map(slot).collect())
+}
+
+fn slot(message: &RouteNetlinkMessage) -> Option<(u8, Slot)> {
+    let RouteNetlinkMessage::NewLink(link) = message else { return None };
+    let permanent = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::PermAddress(address) => Some(address),
+        _ => None,
+    })?;
+    let number = *permanent.last()?;
+    if permanent[..] != slot_mac(number) {
+        return None;
+    }
+    let name = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })?;
+    Some((number, Slot { index: link.header.index, name }))
+}
+
+/// Takes a device from its driver.
+fn retire(slot: &Slot) -> io::Result<()> {
+    let device = fs::read_link(Path::new("/sys/class/net").join(&slot.name).join("device"))?;
+    let name = device.file_name().ok_or(io::ErrorKind::InvalidData)?;
+    fs::write("/sys/bus/virtio/drivers/virtio_net/unbind", name.as_encoded_bytes())
+}
+
+fn set_up(netlink: &mut Netlink, interface: &Interface, index: u32) -> Result<(), Failure> {
+    let name = &interface.name;
+    let refused =
+        |what: String| move |error: io::Error| internal(&format!("interface {name}: {what}"), &error);
+    netlink.change(messages::link(interface, index), 0).map_err(refused(format!(
+        "set mac {} and mtu {}",
+        messages::hex(interface.mac),
+        interface.mtu
+    )))?;
+    let new = NLM_F_CREATE | NLM_F_REPLACE;
+    for address in &interface.addresses {
+        let what = format!("add address {}/{}", address.ip, address.prefix);
+        netlink.change(messages::address(address, index), new).map_err(refused(what))?;
+    }
+    for neighbour in &interface.neighbours {
+        let what = format!("add neighbour {}", neighbour.ip);
+        netlink.change(messages::neighbour(neighbour, index), new).map_err(refused(what))?;
+    }
+    for route in &interface.routes {
+        let what = format!("add route to {}/{}", route.destination, route.prefix);
+        netlink.change(messages::route(route, index), new).map_err(refused(what))?;
+    }
+    Ok(())
+}
+
+/// A link whose interrupt is still on its way would swallow the first packets.
+fn wait_for_links(
+    netlink: &mut Netlink,
+    changes: &mut Netlink,
+    ours: &[(&Interface, u32)],
+) -> Result<(), Failure> {
+    let failed = |error: io::Error| internal("wait for the guest's links", &error);
+    let mut down: BTreeMap<u32, &str> =
+        ours.iter().map(|(interface, index)| (*index, interface.name.as_str())).collect();
+    let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default())).map_err(failed)?;
+    forget_ready(&mut down, &links);
+    let deadline = Instant::now() + LINK_LIMIT;
+    while let Some(name) = down.values().next() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut descriptors = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut descriptors, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) => {
+                let message = format!("interface {name}: the link does not come up");
+                return Err(Failure::new(Kind::DeadlineExceeded, message));
+            }
+            Ok(_) => forget_ready(&mut down, &changes.changes().map_err(failed)?),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
+    Ok(())
+}
+
+fn forget_ready(down: &mut BTreeMap<u32, &str>, messages: &[RouteNetlinkMessage]) {
+    for message in messages {
+        if let RouteNetlinkMessage::NewLink(link) = message
+            && link.header.flags.contains(LinkFlags::LowerUp)
+        {
+            down.remove(&link.header.index);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_link(index: u32, flags: LinkFlags, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.header.flags = flags;
+        link.attributes = attributes;
+        RouteNetlinkMessage::NewLink(link)
+    }
+
+    #[test]
+    fn a_slot_is_known_by_its_permanent_address() {
+        let name = || LinkAttribute::IfName("eth0".into());
+        let ours =
+            new_link(4, LinkFlags::empty(), vec![name(), LinkAttribute::PermAddress(slot_mac(2).to_vec())]);
+        let (number, found) = slot(&ours).unwrap();
+        assert_eq!((number, found.index, found.name.as_str()), (2, 4, "eth0"));
+        for address in [vec![], vec![2; 6], vec![0, 1, 2]] {
+            let other = vec![name(), LinkAttribute::PermAddress(address)];
+            assert!(slot(&new_link(4, LinkFlags::empty(), other)).is_none());
+        }
+        assert!(slot(&new_link(1, LinkFlags::empty(), vec![name()])).is_none());
+    }
+
+    #[test]
+    fn a_link_is_waited_for_until_it_carries() {
+        let mut down = BTreeMap::from([(4, "eth0"), (5, "eth1")]);
+        forget_ready(
+            &mut down,
+            &[new_link(4, LinkFlags::Up, vec![]), new_link(5, LinkFlags::Up | LinkFlags::LowerUp, vec![])],
+        );
+        assert_eq!(down.into_keys().collect::<Vec<_>>(), [4]);
+    }
+}

@@ -1,0 +1,118 @@
+//! The pod's network: from the namespace that CNI made to interfaces of the guest.
+//!
+//! Each Ethernet interface of the namespace, whatever made it (veth, macvlan, netkit, …), gets a tap beside it, and
+//! traffic control hands every frame from the one to the other, so that the interface itself stays as it is. The VMM
+//! gets the tap's descriptor, the agent gives the guest's interface the name, addresses, routes and neighbours that the
+//! interface has on the host.
+//!
+//! ```text
+//!   eth0 ──ingress: redirect──▶ vmshim0 ══ VMM ══ guest's eth0
+//!        ◀─redirect :ingress──
+//! ```
+//!
+//! A namespace belongs to a thread, so all work in one is done by a thread of its own that ends with it ([`Netns`]); the
+//! guest boots meanwhile, and Create waits for both ([`Ready`]). Host and CNI are trusted. Taps go with their
+//! descriptors; what stays behind is the redirection on the pod's interfaces, which the journal knows.
+
+mod error;
+mod netns;
+mod ready;
+mod redirect;
+mod scan;
+mod tap;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use tokio::time::Instant;
+use vmshim_protocol::agent as api;
+use vmshim_protocol::netlink::Netlink;
+
+use crate::state::{Entry, Journal, Redirection};
+use crate::vm::Vm;
+pub use error::NetworkError;
+pub use netns::Inode;
+use netns::Netns;
+pub use ready::Ready;
+
+/// A pod's network on the host's side.
+pub struct Prepared {
+    interfaces: Vec<Interface>,
+}
+
+/// One interface.
+struct Interface {
+    tap: OwnedFd,
+    description: api::NetworkInterface,
+}
+
+/// Connects a tap to each interface of the network namespace at `path`, of which there may be `slots`. Waits for the
+/// kernel, and for modules that it may have to load.
+///
+/// # Errors
+/// When the namespace or what is in it cannot be used. What has been made by then stands in the journal.
+pub fn prepare(path: &Path, slots: u8, journal: &Journal) -> Result<Prepared, NetworkError> {
+    let netns = Netns::open(path)?;
+    netns.run(|| prepare_inside(&netns, path, slots, journal))?
+}
+
+fn prepare_inside(
+    netns: &Netns,
+    path: &Path,
+    slots: u8,
+    journal: &Journal,
+) -> Result<Prepared, NetworkError> {
+    let mut netlink = Netlink::open().map_err(NetworkError::host("open a netlink socket"))?;
+    let found = scan::scan(&mut netlink, path)?;
+    if found.len() > usize::from(slots) {
+        return Err(NetworkError::TooMany { found: found.len(), slots });
+    }
+    let mut interfaces = Vec::with_capacity(found.len());
+    for (slot, found) in (0u8..).zip(found) {
+        let (index, mut description) = (found.index, found.description);
+        description.slot = slot.into();
+        let name = description.name.clone();
+        log::debug!("interface {name} becomes NIC {slot}");
+        let tap = tap::create(slot, &name)?;
+        let tap_index = tap::set_up(&mut netlink, slot, description.mtu)?;
+        let redirection = Redirection {
+            netns: path.to_owned(),
+            inode: netns.inode(),
+            index,
+            whole_qdisc: !redirect::has_ingress(&mut netlink, index)?,
+        };
+        journal.intend(&Entry::Redirection(redirection.clone()))?;
+        redirect::connect(&mut netlink, &name, &redirection, tap_index)?;
+        interfaces.push(Interface { tap, description });
+    }
+    Ok(Prepared { interfaces })
+}
+
+impl Prepared {
+    /// Gives the taps to the VMM and the description to the guest. The taps live on in the VMM alone.
+    ///
+    /// # Errors
+    /// When either refuses.
+    pub async fn apply(self, vm: &Vm, deadline: Instant) -> Result<(), NetworkError> {
+        for (slot, interface) in (0u8..).zip(&self.interfaces) {
+            vm.attach_nic(slot, interface.tap.as_fd(), deadline).await?;
+        }
+        let interfaces = self.interfaces.into_iter().map(|interface| interface.description).collect();
+        let request = api::ConfigureNetworkRequest { interfaces, ..Default::default() };
+        vm.agent().configure_network(&request, deadline).await?;
+        Ok(())
+    }
+}
+
+/// Takes the redirection off a pod's interface. What is gone already, or has become another namespace, is fine.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn undo(redirection: &Redirection) -> std::io::Result<()> {
+    let netns = match Netns::open(&redirection.netns) {
+        Ok(netns) if netns.inode() == redirection.inode => netns,
+        Ok(_) | Err(NetworkError::Missing(_) | NetworkError::NotNetns(_)) => return Ok(()),
+        Err(error) => return Err(std::io::Error::other(error)),
+    };
+    netns.run(|| redirect::disconnect(redirection)).map_err(std::io::Error::other)?
+}

@@ -1,0 +1,67 @@
+//! Waiting for the network, which is set up while the guest boots.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{NetworkError, prepare};
+use crate::state::Journal;
+use crate::vm::Vm;
+
+type Outcome = Result<(), Arc<NetworkError>>;
+
+/// What becomes of a pod's network. Clones are of the same network.
+#[derive(Clone)]
+pub struct Ready(watch::Receiver<Option<Outcome>>);
+
+impl Ready {
+    /// There is nothing to wait for.
+    pub fn nothing() -> Self {
+        Self(watch::Sender::new(Some(Ok(()))).subscribe())
+    }
+
+    /// Begins to give the guest the interfaces of the network namespace at `path`, of which there may be `slots`.
+    pub fn begin(path: PathBuf, slots: u8, journal: Journal, vm: Arc<Vm>, deadline: Instant) -> Self {
+        let (sender, receiver) = watch::channel(None);
+        tokio::spawn(async move {
+            let prepared = tokio::task::spawn_blocking(move || prepare(&path, slots, &journal)).await;
+            let outcome = match prepared.unwrap_or(Err(NetworkError::Internal)) {
+                Ok(prepared) => prepared.apply(&vm, deadline).await,
+                Err(error) => Err(error),
+            };
+            match &outcome {
+                Ok(()) => log::debug!("the guest's network is set up"),
+                Err(error) => log::error!("the pod has no network: {error}"),
+            }
+            sender.send_replace(Some(outcome.map_err(Arc::new)));
+        });
+        Self(receiver)
+    }
+
+    /// Waits until the network is set up.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub async fn wait(&self) -> Outcome {
+        let mut receiver = self.0.clone();
+        match receiver.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().unwrap_or(Ok(())),
+            Err(_) => Err(Arc::new(NetworkError::Internal)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_ready_at_once_and_a_lost_outcome_is_an_error() {
+        assert!(Ready::nothing().wait().await.is_ok());
+        let (sender, receiver) = watch::channel(None);
+        drop(sender);
+        assert!(Ready(receiver).wait().await.is_err());
+    }
+}

@@ -1,0 +1,233 @@
+//! A pod in a network namespace, which is connected to another one where its peer lives.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use vmshim_tests::containerd::digest;
+
+use crate::fixture::{BUSYBOX, host, stderr, stdout, succeeded};
+use crate::kill::{processes, wait_for};
+
+/// What a test sends in one piece.
+const BYTES: usize = 16 << 20;
+
+const MAC: &str = "02:00:00:00:00:aa";
+
+/// Two network namespaces joined by a veth pair, deleted when dropped.
+struct Pair {
+    pod: String,
+    peer: String,
+}
+
+impl Pair {
+    /// With nothing in the pod's but the interface `eth0`, which is up.
+    fn bare(name: &str) -> Self {
+        let pair = Self { pod: format!("{name}-pod"), peer: format!("{name}-peer") };
+        for netns in [&pair.pod, &pair.peer] {
+            ip(&["netns", "add", netns]);
+            ip(&["-n", netns, "link", "set", "lo", "up"]);
+        }
+        let link = [
+            "-n", &pair.peer, "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns",
+            &pair.pod,
+        ];
+        ip(&link);
+        ip(&["-n", &pair.peer, "link", "set", "veth0", "mtu", "1400", "up"]);
+        ip(&["-n", &pair.pod, "link", "set", "eth0", "address", MAC, "mtu", "1400", "up"]);
+        pair
+    }
+
+    /// With addresses, routes and a neighbour, as CNI makes them.
+    fn new(name: &str) -> Self {
+        let pair = Self::bare(name);
+        for (netns, link, host) in [(&pair.peer, "veth0", 1), (&pair.pod, "eth0", 2)] {
+            ip(&["-n", netns, "address", "add", &format!("10.9.0.{host}/24"), "dev", link]);
+            ip(&["-n", netns, "address", "add", &format!("fd00:9::{host}/64"), "dev", link, "nodad"]);
+        }
+        let pod = |arguments: &[&str]| ip(&[&["-n", pair.pod.as_str()], arguments].concat());
+        pod(&["route", "add", "default", "via", "10.9.0.1"]);
+        pod(&["route", "add", "192.0.2.0/24", "via", "10.77.0.1", "dev", "eth0", "onlink"]);
+        pod(&["route", "add", "198.51.100.0/24", "dev", "eth0", "scope", "link"]);
+        pod(&["-6", "route", "add", "default", "via", "fd00:9::1"]);
+        pod(&["neigh", "add", "10.9.0.77", "lladdr", "02:00:00:00:00:77", "dev", "eth0", "nud", "permanent"]);
+        pair
+    }
+
+    /// The option of `ctr run` by which a container joins.
+    fn option(&self) -> String {
+        format!("network:/run/netns/{}", self.pod)
+    }
+
+    /// Everything that is set in the pod's namespace.
+    fn settings(&self) -> String {
+        let pod = |arguments: &[&str]| ip(&[&["-n", self.pod.as_str()], arguments].concat());
+        // Without what passes of itself: counters, and neighbours that were heard of.
+        [
+            pod(&["-o", "link"]),
+            pod(&["-o", "address"]).replace(" tentative", ""),
+            pod(&["route"]),
+            pod(&["-6", "route"]),
+            pod(&["neigh", "show", "nud", "permanent"]),
+            run("tc", &["-n", &self.pod, "qdisc"]),
+        ]
+        .concat()
+    }
+
+    /// Runs `act` on a thread in the peer's namespace.
+    fn at_peer<T: Send + 'static>(&self, act: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        let netns = File::open(format!("/run/netns/{}", self.peer)).unwrap();
+        std::thread::spawn(move || {
+            setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+            act()
+        })
+    }
+
+    /// A server of the peer that does `serve` with its first client.
+    fn serve(&self, address: &str, serve: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
+        let address: SocketAddr = address.parse().unwrap();
+        let listener = self.at_peer(move || TcpListener::bind(address).unwrap()).join().unwrap();
+        std::thread::spawn(move || serve(listener.accept().unwrap().0))
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        for netns in [&self.pod, &self.peer] {
+            let _ = Command::new("ip").args(["netns", "delete", netns]).output();
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> String {
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+fn pattern() -> Vec<u8> {
+    (0..BYTES).map(|index| u8::try_from(index * 7 % 251).unwrap()).collect()
+}
+
+#[test]
+fn a_pod_looks_and_talks_as_its_namespace() {
+    let pair = Pair::new("talk");
+    let host = host();
+    let before = pair.settings();
+    {
+        let container = host.background(&["--with-ns", &pair.option()]);
+        let inside = |name: &str, line: &str| succeeded(&container.exec(name, &["sh", "-c", line]));
+
+        let seen =
+            inside("look", "ls /sys/class/net; cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address");
+        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo", "1400", MAC]);
+        let seen = inside("routes", "ip addr show dev eth0; ip route; ip -6 route; ip neigh");
+        for line in [
+            "inet 10.9.0.2/24",
+            "inet6 fd00:9::2/64 scope global",
+            "default via 10.9.0.1 dev eth0",
+            "192.0.2.0/24 via 10.77.0.1 dev eth0",
+            "198.51.100.0/24 dev eth0 scope link",
+            "10.9.0.0/24 dev eth0 scope link  src 10.9.0.2",
+            "default via fd00:9::1 dev eth0",
+            "10.9.0.77 dev eth0 lladdr 02:00:00:00:00:77",
+        ] {
+            assert!(seen.contains(line), "{line:?} is not in:\n{seen}");
+        }
+        inside("ping", "ping -c 1 -W 5 10.9.0.1 && ping -c 1 -W 5 fd00:9::1");
+
+        // Outwards, and what comes back; IPv4 down, IPv6 up.
+        let down = pair.serve("10.9.0.1:7000", |mut client| client.write_all(&pattern()).unwrap());
+        let digested = inside("down", "nc -w 60 10.9.0.1 7000 </dev/null | sha256sum");
+        down.join().unwrap();
+        let (expected, _) = digest(&pattern()[..]).unwrap();
+        assert_eq!(digested.split_whitespace().next(), Some(expected.as_str()));
+        let up = pair.serve("[fd00:9::1]:7001", |client| {
+            assert_eq!(digest(client).unwrap(), digest(std::io::repeat(0).take(16 << 20)).unwrap());
+        });
+        inside("up", "head -c 16777216 /dev/zero | nc -w 60 fd00:9::1 7001");
+        up.join().unwrap();
+
+        // Inwards: the container listens.
+        let caller = pair.at_peer(|| {
+            let mut answer = String::new();
+            wait_for("the container's server", Duration::from_secs(60), || {
+                TcpStream::connect("10.9.0.2:7002")
+                    .is_ok_and(|mut server| server.read_to_string(&mut answer).is_ok() && !answer.is_empty())
+            });
+            answer
+        });
+        inside("server", "echo hello from the guest | nc -l -p 7002");
+        assert_eq!(caller.join().unwrap(), "hello from the guest\n");
+
+        let second = host.run(&["--with-ns", &pair.option()], BUSYBOX, &["true"]);
+        assert!(!second.status.success());
+        assert!(
+            stderr(&second).contains("interface eth0 is connected to another VM already"),
+            "{}",
+            stderr(&second)
+        );
+        assert!(pair.settings() != before, "the tap is not in the pod's namespace");
+        inside("still", "ping -c 1 -W 5 10.9.0.1");
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+#[test]
+fn a_killed_shim_leaves_the_interface_as_it_was() {
+    let pair = Pair::new("kill");
+    let host = host();
+    let before = pair.settings();
+    {
+        let _container = host.background(&["--with-ns", &pair.option()]);
+        for process in processes("containerd-shim-vmshim-v2") {
+            kill(process, Signal::SIGKILL).unwrap();
+        }
+        wait_for("the end of the shim", Duration::from_secs(10), || {
+            processes("containerd-shim-vmshim-v2").is_empty()
+        });
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+#[test]
+fn a_namespace_that_cannot_be_had_is_one_clear_sentence() {
+    let bare = Pair::bare("bare");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let host = host();
+    let none = "/run/netns/none-such".to_owned();
+    let other = file.path().to_str().unwrap().to_owned();
+    let bare = format!("/run/netns/{}", bare.pod);
+    for (path, complaint) in [
+        (&none, format!("the network namespace {none} does not exist")),
+        (&other, format!("{other} is not a network namespace")),
+        (&bare, format!("no interface of the network namespace {bare} has an address")),
+    ] {
+        let output = host.run(&["--with-ns", &format!("network:{path}")], BUSYBOX, &["true"]);
+        assert!(!output.status.success());
+        assert!(stderr(&output).contains(&complaint), "{}", stderr(&output));
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn without_a_namespace_there_is_loopback_only() {
+    let host = host();
+    let line = "ls /sys/class/net; ping -c 1 -W 5 127.0.0.1 >/dev/null && ping -c 1 -W 5 ::1 >/dev/null";
+    for options in [&[][..], &["--net-host"]] {
+        assert_eq!(succeeded(&host.sh(options, line)), "lo\n");
+    }
+    assert!(!fs::exists("/sys/class/net/vmshim0").unwrap());
+    host.assert_nothing_left();
+}
