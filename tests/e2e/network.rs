@@ -18,6 +18,7 @@ use crate::kill::{processes, wait_for};
 const BYTES: usize = 16 << 20;
 
 const MAC: &str = "02:00:00:00:00:aa";
+const DMZ_MAC: &str = "02:00:00:00:00:dd";
 
 /// Two network namespaces joined by a veth pair, deleted when dropped.
 struct Pair {
@@ -59,6 +60,14 @@ impl Pair {
         pair
     }
 
+    /// Adds a second interface to the pod's namespace.
+    fn add_second(&self) {
+        let pod = |arguments: &[&str]| ip(&[&["-n", self.pod.as_str()], arguments].concat());
+        pod(&["link", "add", "dmz0", "address", DMZ_MAC, "type", "dummy"]);
+        pod(&["link", "set", "dmz0", "up"]);
+        pod(&["address", "add", "10.10.0.2/24", "dev", "dmz0"]);
+    }
+
     /// The option of `ctr run` by which a container joins.
     fn option(&self) -> String {
         format!("network:/run/netns/{}", self.pod)
@@ -79,19 +88,10 @@ impl Pair {
         .concat()
     }
 
-    /// Runs `act` on a thread in the peer's namespace.
-    fn at_peer<T: Send + 'static>(&self, act: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
-        let netns = File::open(format!("/run/netns/{}", self.peer)).unwrap();
-        std::thread::spawn(move || {
-            setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
-            act()
-        })
-    }
-
     /// A server of the peer that does `serve` with its first client.
     fn serve(&self, address: &str, serve: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
         let address: SocketAddr = address.parse().unwrap();
-        let listener = self.at_peer(move || TcpListener::bind(address).unwrap()).join().unwrap();
+        let listener = at(&self.peer, move || TcpListener::bind(address).unwrap()).join().unwrap();
         std::thread::spawn(move || serve(listener.accept().unwrap().0))
     }
 }
@@ -102,6 +102,25 @@ impl Drop for Pair {
             let _ = Command::new("ip").args(["netns", "delete", netns]).output();
         }
     }
+}
+
+/// Runs `act` on a thread in a named namespace.
+fn at<T: Send + 'static>(name: &str, act: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let netns = File::open(format!("/run/netns/{name}")).unwrap();
+    std::thread::spawn(move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        act()
+    })
+}
+
+/// Calls until a server is there and has said something, and returns that.
+fn first_answer(address: &str) -> String {
+    let mut answer = String::new();
+    wait_for("the container's server", Duration::from_secs(60), || {
+        TcpStream::connect(address)
+            .is_ok_and(|mut server| server.read_to_string(&mut answer).is_ok() && !answer.is_empty())
+    });
+    answer
 }
 
 fn ip(arguments: &[&str]) -> String {
@@ -121,15 +140,16 @@ fn pattern() -> Vec<u8> {
 #[test]
 fn a_pod_looks_and_talks_as_its_namespace() {
     let pair = Pair::new("talk");
+    pair.add_second();
     let host = host();
     let before = pair.settings();
     {
         let container = host.background(&["--with-ns", &pair.option()]);
         let inside = |name: &str, line: &str| succeeded(&container.exec(name, &["sh", "-c", line]));
 
-        let seen =
-            inside("look", "ls /sys/class/net; cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address");
-        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo", "1400", MAC]);
+        let seen = inside("look", "ls /sys/class/net; cat /sys/class/net/eth0/mtu /sys/class/net/*0/address");
+        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["dmz0", "eth0", "lo", "1400", DMZ_MAC, MAC]);
+        assert!(inside("second", "ip address show dev dmz0").contains("inet 10.10.0.2/24"));
         let seen = inside("routes", "ip addr show dev eth0; ip route; ip -6 route; ip neigh");
         for line in [
             "inet 10.9.0.2/24",
@@ -157,17 +177,15 @@ fn a_pod_looks_and_talks_as_its_namespace() {
         inside("up", "head -c 16777216 /dev/zero | nc -w 60 fd00:9::1 7001");
         up.join().unwrap();
 
-        // Inwards: the container listens.
-        let caller = pair.at_peer(|| {
-            let mut answer = String::new();
-            wait_for("the container's server", Duration::from_secs(60), || {
-                TcpStream::connect("10.9.0.2:7002")
-                    .is_ok_and(|mut server| server.read_to_string(&mut answer).is_ok() && !answer.is_empty())
-            });
-            answer
-        });
-        inside("server", "echo hello from the guest | nc -l -p 7002");
-        assert_eq!(caller.join().unwrap(), "hello from the guest\n");
+        // Inwards: the container listens, for the peer, and for the pod's own localhost.
+        for (place, address) in
+            [(&pair.peer, "10.9.0.2:7002"), (&pair.pod, "127.0.0.1:7003"), (&pair.pod, "[::1]:7004")]
+        {
+            let caller = at(place, move || first_answer(address));
+            let port = address.rsplit(':').next().unwrap();
+            inside(&format!("server{port}"), &format!("echo hello from the guest | nc -l -p {port}"));
+            assert_eq!(caller.join().unwrap(), "hello from the guest\n", "{address}");
+        }
 
         let second = host.run(&["--with-ns", &pair.option()], BUSYBOX, &["true"]);
         assert!(!second.status.success());
@@ -189,7 +207,10 @@ fn a_killed_shim_leaves_the_interface_as_it_was() {
     let host = host();
     let before = pair.settings();
     {
-        let _container = host.background(&["--with-ns", &pair.option()]);
+        let container = host.background(&["--with-ns", &pair.option()]);
+        // The slot that nobody needs is not to be seen.
+        let seen = succeeded(&container.exec("look", &["ls", "/sys/class/net"]));
+        assert_eq!(seen.split_whitespace().collect::<Vec<_>>(), ["eth0", "lo"]);
         for process in processes("containerd-shim-vmshim-v2") {
             kill(process, Signal::SIGKILL).unwrap();
         }

@@ -5,10 +5,12 @@
 //! [`vmshim_protocol::nic`]. Slots that stay idle are taken from their driver, since a container should see no
 //! interface that it would not see on the host. All of it waits for the kernel, so it runs on a thread that may.
 
+mod localhost;
 mod messages;
 mod request;
 
 use crate::failure::{Failure, Kind, describe};
+pub use localhost::connect;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use request::Interface;

@@ -9,8 +9,8 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
-    Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, Empty, Event,
-    ExecProcessRequest, GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest,
+    Agent, ConfigureNetworkRequest, ConnectLocalhostRequest, ContainerRequest, CreateContainerRequest, Empty,
+    Event, ExecProcessRequest, GuestProcess, ListProcessesResponse, ProcessCreated, ProcessRequest,
     ResizePtyRequest, SignalProcessRequest, StatsResponse, UpdateContainerRequest,
 };
 
@@ -149,6 +149,15 @@ impl Agent for Service {
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         crate::network::configure(request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_localhost(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectLocalhostRequest,
+    ) -> ttrpc::Result<Empty> {
+        crate::network::connect(&request).await?;
         Ok(Empty::new())
     }
 

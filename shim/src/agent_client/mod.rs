@@ -47,6 +47,8 @@ impl AgentConnection {
     calls! {
         /// Configures network interfaces.
         configure_network(api::ConfigureNetworkRequest) -> api::Empty;
+        /// Connects a stream to a port of the guest's localhost.
+        connect_localhost(api::ConnectLocalhostRequest) -> api::Empty;
         /// Makes a container and its init process.
         create_container(api::CreateContainerRequest) -> api::ProcessCreated;
         /// Prepares one more process.

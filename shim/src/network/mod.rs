@@ -15,14 +15,17 @@
 //! descriptors; what stays behind is the redirection on the pod's interfaces, which the journal knows.
 
 mod error;
+mod forward;
 mod netns;
 mod ready;
 mod redirect;
 mod scan;
+mod steering;
 mod tap;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use tokio::time::Instant;
 use vmshim_protocol::agent as api;
@@ -31,6 +34,7 @@ use vmshim_protocol::netlink::Netlink;
 use crate::state::{Entry, Journal, Redirection};
 use crate::vm::Vm;
 pub use error::NetworkError;
+use forward::Forwarder;
 pub use netns::Inode;
 use netns::Netns;
 pub use ready::Ready;
@@ -38,6 +42,8 @@ pub use ready::Ready;
 /// A pod's network on the host's side.
 pub struct Prepared {
     interfaces: Vec<Interface>,
+    /// None where the kernel cannot do it.
+    forwarder: Option<Forwarder>,
 }
 
 /// One interface.
@@ -85,7 +91,10 @@ fn prepare_inside(
         redirect::connect(&mut netlink, &name, &redirection, tap_index)?;
         interfaces.push(Interface { tap, description });
     }
-    Ok(Prepared { interfaces })
+    let forwarder = Forwarder::new(netns)
+        .inspect_err(|error| log::warn!("ports of the pod cannot be forwarded: {error}"))
+        .ok();
+    Ok(Prepared { interfaces, forwarder })
 }
 
 impl Prepared {
@@ -93,13 +102,16 @@ impl Prepared {
     ///
     /// # Errors
     /// When either refuses.
-    pub async fn apply(self, vm: &Vm, deadline: Instant) -> Result<(), NetworkError> {
+    pub async fn apply(self, vm: &Arc<Vm>, deadline: Instant) -> Result<(), NetworkError> {
         for (slot, interface) in (0u8..).zip(&self.interfaces) {
             vm.attach_nic(slot, interface.tap.as_fd(), deadline).await?;
         }
         let interfaces = self.interfaces.into_iter().map(|interface| interface.description).collect();
         let request = api::ConfigureNetworkRequest { interfaces, ..Default::default() };
         vm.agent().configure_network(&request, deadline).await?;
+        if let Some(forwarder) = self.forwarder {
+            forwarder.run(vm.clone());
+        }
         Ok(())
     }
 }
@@ -115,4 +127,25 @@ pub fn undo(redirection: &Redirection) -> std::io::Result<()> {
         Err(error) => return Err(std::io::Error::other(error)),
     };
     netns.run(|| redirect::disconnect(redirection)).map_err(std::io::Error::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_that_is_gone_or_another_by_now_needs_no_undoing() {
+        let own = Netns::open(Path::new("/proc/self/ns/net")).unwrap().inode();
+        let redirection = |netns: &str, inode| Redirection {
+            netns: netns.into(),
+            inode,
+            index: u32::MAX,
+            whole_qdisc: true,
+        };
+        for netns in ["/run/netns/no-such", "/dev/null"] {
+            undo(&redirection(netns, own)).unwrap();
+        }
+        let other = serde_json::from_str(r#"{"device":0,"number":0}"#).unwrap();
+        undo(&redirection("/proc/self/ns/net", other)).unwrap();
+    }
 }

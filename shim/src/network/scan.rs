@@ -17,7 +17,7 @@ use vmshim_protocol::netlink::route::route::{
 };
 use vmshim_protocol::netlink::route::{AddressFamily, RouteNetlinkMessage};
 
-use super::NetworkError;
+use super::{NetworkError, tap};
 
 /// An interface that the guest shall have.
 #[derive(Debug)]
@@ -103,7 +103,8 @@ fn describe(
     Ok(found.into_iter().map(|(index, description)| Found { index, description }).collect())
 }
 
-/// None for an interface that is not in use: loopback, down, or a tunnel's stand-in without addresses.
+/// None for an interface that is not in use: loopback, down, a tunnel's stand-in without addresses, or a tap of ours,
+/// which is found out when another is made.
 fn link(
     message: &LinkMessage,
     addresses: Vec<api::InterfaceAddress>,
@@ -118,7 +119,7 @@ fn link(
         }
     }
     let flags = message.header.flags;
-    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
+    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) || tap::is_name(&name) {
         return Ok(None);
     }
     let problem = if message.header.link_layer_type != LinkLayerType::Ether {

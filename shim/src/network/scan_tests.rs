@@ -72,6 +72,7 @@ fn what_is_not_in_use_is_left_out() {
         new_link(2, LinkFlags::empty(), LinkLayerType::Ether, &MAC),
         new_link(3, LinkFlags::Up, LinkLayerType::Tunnel, &[0; 4]),
     ];
+    assert!(tap::is_name("vmshim0") && !tap::is_name("vmshim") && !tap::is_name("vmshim0x"));
     assert!(described(&links, &[new_address(1, "127.0.0.1", 8)], &[]).unwrap().is_empty());
 }
 

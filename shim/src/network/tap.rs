@@ -22,6 +22,11 @@ fn name(slot: u8) -> String {
     format!("vmshim{slot}")
 }
 
+/// Whether an interface has the name of a tap, which then is that of another VM.
+pub fn is_name(interface: &str) -> bool {
+    interface.strip_prefix("vmshim").is_some_and(|slot| slot.parse::<u8>().is_ok())
+}
+
 /// Makes the tap of a slot in the calling thread's network namespace. It goes away with its descriptor.
 pub fn create(slot: u8, interface: &str) -> Result<OwnedFd, NetworkError> {
     let failed =

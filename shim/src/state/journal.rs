@@ -107,6 +107,12 @@ mod tests {
             Entry::File("/run/s".into()),
             Entry::Process(ProcessId::of_self().unwrap()),
             Entry::Mount("/m\n\"x".into()),
+            Entry::Redirection(Redirection {
+                netns: "/run/netns/x".into(),
+                inode: serde_json::from_str(r#"{"device":4,"number":9}"#).unwrap(),
+                index: 2,
+                whole_qdisc: true,
+            }),
         ];
         entries.iter().for_each(|entry| journal.intend(entry).unwrap());
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"mou").unwrap();

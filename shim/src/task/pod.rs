@@ -27,6 +27,9 @@ use crate::vm::{LaunchError, Launcher, Machine, Vm};
 /// How long to wait for the reason when the guest's connection breaks.
 const REASON_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long to wait for the host's side of the network when the pod ends.
+const NETWORK_LIMIT: Duration = Duration::from_secs(5);
+
 /// The longest part of a caller's deadline that is kept for the answer's way back.
 const MAX_MARGIN: Duration = Duration::from_millis(500);
 
@@ -242,6 +245,10 @@ impl Pod {
             super::exits::all_ended(self);
         }
         log::debug!("the VM is gone");
+        // What is still being made would not be undone. Where it hangs, `delete` ends this process first.
+        if tokio::time::timeout(NETWORK_LIMIT, self.network.wait()).await.is_err() {
+            log::warn!("the pod's network is still being set up");
+        }
         self.events.flush(Duration::from_secs(3)).await;
         if let Err(error) = undo(&self.dir) {
             log::error!("something is left for `delete` to undo: {error}");
