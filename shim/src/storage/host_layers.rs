@@ -100,6 +100,8 @@ fn escaped(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]
@@ -108,5 +110,49 @@ mod tests {
         let data = overlay_options(3, &changes, &["index=off".to_owned(), "rw".to_owned()]).unwrap();
         assert_eq!(data, "workdir=/s/work,upperdir=/s\\,1/fs,lowerdir=0:1:2,index=off");
         assert!(overlay_options(500, &changes, &[]).is_ok());
+    }
+
+    /// Needs root and loop devices, as the shim itself does.
+    #[test]
+    fn layers_are_stacked_and_nothing_else_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let [low, upper, work, target] = ["low", "upper", "work", "target"].map(|name| {
+            let path = directory.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        });
+        std::fs::write(low.join("file"), "layer").unwrap();
+        let image = directory.path().join("image");
+        File::create(&image).unwrap().set_len(4 << 20).unwrap();
+        let made = std::process::Command::new("mkfs.ext4")
+            .args(["-qF", "-O", "^has_journal", "-d"])
+            .args([&low, &image])
+            .status();
+        if !nix::unistd::geteuid().is_root() || !made.is_ok_and(|status| status.success()) {
+            return;
+        }
+        let layer = |image: &Path| DiskRequest {
+            source: image.to_owned(),
+            filesystem: "ext4",
+            options: Vec::new(),
+            read_only: true,
+        };
+        let changes = Changes { upper: &upper, work: &work };
+        let layers = [layer(&image), layer(&image)];
+        match mount_layers(&layers, &changes, &[], &target) {
+            // A sandbox may not let even root mount, or have no loop devices.
+            Err(StorageError::Mount { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EPERM | libc::ENOENT | libc::EINVAL)) =>
+            {
+                return;
+            }
+            result => result.unwrap(),
+        }
+        assert_eq!(std::fs::read_to_string(target.join("file")).unwrap(), "layer");
+        std::fs::write(target.join("new"), "change").unwrap();
+        super::super::mount::detach(&target).unwrap();
+        assert_eq!(std::fs::read_to_string(upper.join("new")).unwrap(), "change");
+        let table = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!table.contains(directory.path().to_str().unwrap()), "{table}");
     }
 }
