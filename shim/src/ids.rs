@@ -7,7 +7,9 @@ const MAX_LENGTH: usize = 128;
 
 /// A name is not one that containerd can have checked.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a valid name: use letters, digits, '.', '_', '-' and '#', beginning with a letter or digit")]
+#[error(
+    "{0:?} is not a valid name: use letters, digits, '.', '_', '-' and '#', beginning with a letter or digit"
+)]
 pub struct InvalidName(String);
 
 /// A container id, sandbox id or namespace: one harmless path component.
