@@ -34,8 +34,7 @@ pub async fn a_pods_own_namespaces_outlive_its_containers(mut shim: Shim) {
 
     // In a guest it ends with the guest.
     let own = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
-    let children = own.split_whitespace().filter_map(|pid| pid.parse().ok());
-    children.for_each(|pid| {
-        drop(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL))
-    });
+    for child in own.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::SIGKILL).unwrap();
+    }
 }
