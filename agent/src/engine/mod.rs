@@ -98,7 +98,7 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
             let (_, process) = Document::read(document, "process")?;
             added::make(agent, &plan, &process, *namespaces, fds)
         }
-        Task::Pod { hostname, sysctls } => pod::make(agent, hostname, sysctls),
+        Task::Pod { hostname, sysctls } => pod::make(agent, &plan.shared, hostname, sysctls),
     }
 }
 

@@ -21,11 +21,13 @@ use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-/// Covered by the empty root, in the process's own mount namespace only.
-const PLACE: &str = "/run/vmshim";
-
-/// The engine's side.
-pub fn make(agent: BorrowedFd<'_>, hostname: &str, sysctls: &BTreeMap<String, String>) -> Result<()> {
+/// The engine's side. `place` is any directory: it is covered, for the new process only.
+pub fn make(
+    agent: BorrowedFd<'_>,
+    place: &Path,
+    hostname: &str,
+    sysctls: &BTreeMap<String, String>,
+) -> Result<()> {
     sysctls.keys().try_for_each(|name| check_pod_sysctl(name))?;
     let (ours, theirs) = signal_pair()?;
     let namespaces = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
@@ -35,7 +37,7 @@ pub fn make(agent: BorrowedFd<'_>, hostname: &str, sysctls: &BTreeMap<String, St
     match unsafe { clone3(&request) }.doing(|| "make the pod's namespaces")? {
         Cloned::Child => {
             drop(ours);
-            let Err(error) = hold(agent, &theirs, hostname, sysctls);
+            let Err(error) = hold(agent, &theirs, place, hostname, sysctls);
             give_up(agent, error)
         }
         Cloned::Parent(pid, pidfd) => {
@@ -50,6 +52,7 @@ pub fn make(agent: BorrowedFd<'_>, hostname: &str, sysctls: &BTreeMap<String, St
 fn hold(
     agent: BorrowedFd<'_>,
     outside: &OwnedFd,
+    place: &Path,
     hostname: &str,
     sysctls: &BTreeMap<String, String>,
 ) -> Result<Infallible> {
@@ -61,7 +64,7 @@ fn hold(
         nix::unistd::sethostname(hostname).doing(|| "set hostname")?;
     }
     sysctls.iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
-    enter_nowhere()?;
+    enter_nowhere(place)?;
     // SAFETY: no handler is installed; the kernel then reaps the children that this process inherits.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.doing(|| "leave orphans to the kernel")?;
     wire::report(agent, &Report::Ready, None).doing(|| "answer the agent")?;
@@ -76,12 +79,12 @@ fn hold(
 }
 
 /// Moves this process to a root in which there is nothing.
-fn enter_nowhere() -> Result<()> {
+fn enter_nowhere(place: &Path) -> Result<()> {
     let doing = || "enter an empty root";
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).doing(doing)?;
     let empty =
         FsContext::open("tmpfs").and_then(|tmpfs| tmpfs.mount(libc::MOUNT_ATTR_RDONLY)).doing(doing)?;
-    let place = super::rootfs::mounts::open_location(Path::new(PLACE)).doing(doing)?;
+    let place = super::rootfs::mounts::open_location(place).doing(doing)?;
     mountfd::attach(empty.as_fd(), place.as_fd()).doing(doing)?;
     pivot(&Tree::new(empty))
 }

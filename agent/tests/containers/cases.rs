@@ -1,6 +1,7 @@
 //! What users of containers see.
 
 use crate::Case;
+use crate::pod::a_pods_own_namespaces_outlive_its_containers;
 use crate::shim::{Shim, process, read, read_until, script, soon, spec, write};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,6 +46,7 @@ cases![
     seccomp_is_enforced,
     user_namespaces,
     a_pod_shares_namespaces,
+    a_pods_own_namespaces_outlive_its_containers,
     what_cannot_be_is_named,
     start_hooks_run_inside,
     memory_is_limited,

@@ -12,6 +12,7 @@
 )]
 
 mod cases;
+mod pod;
 mod shim;
 
 use shim::Shim;
