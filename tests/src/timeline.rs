@@ -34,10 +34,11 @@ impl Timeline {
         serde_json::from_str(&line.get(start..=end)?.replace('\\', "")).ok()
     }
 
-    /// Milliseconds of each phase.
-    pub fn phases(&self) -> Vec<(&'static str, f64)> {
+    /// Milliseconds of each phase; none where a shim was gone before it could ask the VMM for its marks, which are 0 then.
+    pub fn phases(&self) -> Vec<(&'static str, Option<f64>)> {
         let between = |from: u64, to: u64| {
-            std::time::Duration::from_nanos(to.saturating_sub(from)).as_secs_f64() * 1000.0
+            let known = from != 0 && to != 0;
+            known.then(|| std::time::Duration::from_nanos(to.saturating_sub(from)).as_secs_f64() * 1000.0)
         };
         vec![
             ("shim start to VMM exec", between(self.shim_started, self.vmm_started)),
@@ -66,7 +67,7 @@ mod tests {
             "\n"
         );
         let phases = Timeline::last_in(log).unwrap().phases();
-        assert_eq!(phases[0], ("shim start to VMM exec", 2.0));
+        assert_eq!(phases[0], ("shim start to VMM exec", Some(2.0)));
         assert!(Timeline::last_in("nothing here").is_none());
     }
 }

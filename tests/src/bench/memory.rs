@@ -6,17 +6,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use super::report::{Figure, Limit, Report, Row};
-use super::{IMAGE, Plan, run};
+use super::{Plan, run};
 use crate::containerd::VMSHIM;
-
-const ID: &str = "idle";
 
 /// Private memory of the VMM and of the shim, and what is resident of the guest's RAM.
 pub fn idle(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
-    plan.daemon.ctr_ok(["run", "--detach", "--runtime", VMSHIM, IMAGE, ID, "sleep", "100000"])?;
+    let (id, hung) = run::sleeper(plan, VMSHIM, "idle")?;
     let shim = usage("containerd-shim-vmshim-v2")?;
     let vmm = usage("vmshim-vmm")?;
-    run::clear(plan, ID);
+    run::clear(plan, &id);
     let rows = [
         ("VMM, private besides guest RAM", vmm.private - vmm.guest_private, 3.0),
         ("shim, private", shim.private, 4.0),
@@ -28,7 +26,7 @@ pub fn idle(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
         vmshim: Figure::once(mib),
         runc: None,
         limit: Some(Limit::AtMost(most)),
-        hung: 0,
+        hung,
     }));
     Ok(())
 }
