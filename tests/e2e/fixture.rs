@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::Duration;
 
 use vmshim_tests::census::{self, Census};
@@ -71,6 +71,13 @@ impl Host {
     /// `ctr run --rm` of a command in an image.
     pub fn run(&self, options: &[&str], image: &str, command: &[&str]) -> Output {
         self.daemon.run(options, image, &self.id(), command).unwrap()
+    }
+
+    /// Imports [`DEBIAN`], which takes long enough to be done once.
+    pub fn import_debian(&self) {
+        static IMPORTED: Once = Once::new();
+        let archive = directory("VMSHIM_TEST_IMAGES").join("debian.tar");
+        IMPORTED.call_once(|| self.daemon.import(&archive, "overlayfs").unwrap());
     }
 
     /// A container that runs until it is killed, started in the background.

@@ -2,11 +2,10 @@
 
 use std::process::Output;
 
-use crate::fixture::{DEBIAN, Host, directory, host, stderr, stdout, succeeded};
+use crate::fixture::{DEBIAN, Host, host, stderr, stdout, succeeded};
 
 fn debian(host: &Host, line: &str) -> Output {
-    let archive = directory("VMSHIM_TEST_IMAGES").join("debian.tar");
-    host.import(&archive, "overlayfs").unwrap();
+    host.import_debian();
     host.run(&[], DEBIAN, &["sh", "-ec", line])
 }
 

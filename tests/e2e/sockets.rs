@@ -3,12 +3,12 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 
-use crate::fixture::{DEBIAN, directory, host, succeeded};
+use crate::fixture::{DEBIAN, host, succeeded};
 
 #[test]
 fn a_hosts_socket_is_reached_from_inside() {
     let host = host();
-    host.import(&directory("VMSHIM_TEST_IMAGES").join("debian.tar"), "overlayfs").unwrap();
+    host.import_debian();
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("host.sock");
     let listener = UnixListener::bind(&path).unwrap();
