@@ -264,6 +264,8 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "{plugins}"
   conf_dir = "{directory}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  runtime_type = "{RUNC}"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim]
   runtime_type = "{VMSHIM}"
 "#
