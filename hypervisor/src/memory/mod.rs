@@ -8,7 +8,6 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use nix::libc::{PR_SET_VMA, PR_SET_VMA_ANON_NAME, prctl};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
@@ -98,17 +97,7 @@ fn region(start: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
     let protection = nix::libc::PROT_READ | nix::libc::PROT_WRITE;
     let flags = nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE;
     let mapping = MmapRegion::build(None, size, protection, flags).map_err(MemoryError::Map)?;
-    name(&mapping);
     GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size(bytes))
-}
-
-/// Lets whoever looks for the host's memory in `/proc/PID/smaps` tell the guest's from the VMM's own.
-fn name(mapping: &MmapRegion) {
-    let name = c"guest-ram".as_ptr();
-    // SAFETY: names a mapping that lives; the kernel copies the string. A kernel that knows no names refuses.
-    unsafe {
-        prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, mapping.as_ptr().addr(), mapping.size(), name);
-    }
 }
 
 #[cfg(test)]

@@ -52,28 +52,53 @@ fn process(program: &str) -> Option<PathBuf> {
         .find(|path| fs::read_link(path.join("exe")).is_ok_and(|exe| exe.to_string_lossy().contains(program)))
 }
 
-/// Adds up `/proc/PID/smaps`. The VMM names its guest's RAM; pieces of it are the kernel's and the initramfs's files.
+/// Adds up `/proc/PID/smaps`. The guest's RAM is found by the kernel, which is mapped 16 MiB from its start: from there
+/// on it is everything that lies without a gap.
 fn parse(smaps: &str) -> Usage {
-    let (mut usage, mut in_guest) = (Usage::default(), false);
+    let mut areas: Vec<Area> = Vec::new();
     for line in smaps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [key, rest @ ..] = words.as_slice() else { continue };
-        let mib = rest.first().and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0;
+        if !key.ends_with(':') {
+            areas.extend(Area::new(key, rest.last().is_some_and(|name| name.ends_with("/vmlinux"))));
+            continue;
+        }
+        let (Some(area), Some(kib)) = (areas.last_mut(), rest.first()) else { continue };
+        let mib = kib.parse::<f64>().unwrap_or(0.0) / 1024.0;
         match *key {
-            "Private_Clean:" | "Private_Dirty:" => {
-                usage.private += mib;
-                usage.guest_private += if in_guest { mib } else { 0.0 };
-            }
-            "Rss:" if in_guest => usage.guest_resident += mib,
-            key if !key.ends_with(':') => in_guest = rest.get(4).is_some_and(|name| is_guest(name)),
+            "Private_Clean:" | "Private_Dirty:" => area.private += mib,
+            "Rss:" => area.resident += mib,
             _ => {}
+        }
+    }
+    let mut usage = Usage { private: areas.iter().map(|area| area.private).sum(), ..Usage::default() };
+    let kernel = areas.iter().find(|area| area.is_kernel).map(|area| area.start);
+    let mut next = kernel.and_then(|start| start.checked_sub(16 << 20));
+    for area in &areas {
+        if next.is_some_and(|next| area.start == next) {
+            usage.guest_private += area.private;
+            usage.guest_resident += area.resident;
+            next = Some(area.end);
         }
     }
     usage
 }
 
-fn is_guest(name: &str) -> bool {
-    name == "[anon:guest-ram]" || name.ends_with("/vmlinux") || name.ends_with("/initramfs.cpio")
+/// One mapping; sizes in MiB.
+struct Area {
+    start: u64,
+    end: u64,
+    is_kernel: bool,
+    private: f64,
+    resident: f64,
+}
+
+impl Area {
+    fn new(range: &str, is_kernel: bool) -> Option<Self> {
+        let (start, end) = range.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        Some(Self { start: address(start)?, end: address(end)?, is_kernel, private: 0.0, resident: 0.0 })
+    }
 }
 
 #[cfg(test)]
@@ -82,10 +107,10 @@ mod tests {
 
     #[test]
     fn guest_ram_is_told_apart() {
-        let smaps = "1000-2000 r-xp 0 00:01 7 /vmm\nSize: 2048 kB\nRss: 1024 kB\nPrivate_Clean: 512 kB\nPrivate_Dirty: 512 kB\n\
-                     7000-9000 rw-p 0 00:00 0 [anon:guest-ram]\nRss: 20480 kB\nPrivate_Dirty: 20480 kB\n\
-                     9000-a000 rw-p 0 00:01 9 /x/vmlinux\nRss: 2048 kB\nPrivate_Dirty: 1024 kB\n\
-                     a000-b000 rw-p 0 00:00 0\nRss: 1024 kB\nPrivate_Dirty: 1024 kB\n";
+        let smaps = "1000-2000 r-xp 0 00:01 7 /vmm\nRss: 1024 kB\nPrivate_Clean: 512 kB\nPrivate_Dirty: 512 kB\n\
+                     7000000-8000000 rw-p 0 00:00 0\nRss: 20480 kB\nPrivate_Dirty: 20480 kB\n\
+                     8000000-8400000 rw-p 0 00:01 9 /x/vmlinux\nRss: 2048 kB\nPrivate_Dirty: 1024 kB\n\
+                     9000000-a000000 rw-p 0 00:00 0\nRss: 1024 kB\nPrivate_Dirty: 1024 kB\n";
         let expected = Usage { private: 23.0, guest_private: 21.0, guest_resident: 22.0 };
         assert_eq!(parse(smaps), expected);
     }
