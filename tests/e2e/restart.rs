@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 
 use crate::fixture::{BUSYBOX, host, stderr, stdout};
 
-/// How long a line of output may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a line of output, or an exit, may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn lines(log: &Path) -> usize {
     fs::read_to_string(log).unwrap_or_default().lines().count()
 }
 
-fn wait_for_more(log: &Path, than: usize) {
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     let started = Instant::now();
-    while lines(log) <= than {
-        assert!(started.elapsed() < PATIENCE, "no more output");
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "in vain: until {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -38,7 +38,8 @@ fn a_killed_containerd_finds_everything_again() {
     host.kill_and_restart().unwrap();
 
     assert_eq!(host.ctr_ok(["task", "ls"]).unwrap(), before);
-    wait_for_more(&log, lines(&log));
+    let seen = lines(&log);
+    wait_until("there is more output", || lines(&log) > seen);
     let processes = host.ctr_ok(["task", "ps", &id]).unwrap();
     assert!(processes.contains("long"), "{processes}");
     let exec = host
@@ -47,6 +48,7 @@ fn a_killed_containerd_finds_everything_again() {
         .unwrap();
     assert_eq!((stdout(&exec).as_str(), exec.status.code()), ("here\n", Some(5)));
     host.ctr_ok(["task", "kill", "--signal", "SIGTERM", &id]).unwrap();
+    wait_until("the task stops", || host.ctr_ok(["task", "ls"]).unwrap().contains("STOPPED"));
     let deleted = host.ctr(["task", "delete", &id]).output().unwrap();
     let said = stderr(&deleted);
     assert!(deleted.status.success() && said.contains("exit code 7"), "{said}");
