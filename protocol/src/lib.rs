@@ -1,6 +1,7 @@
 //! What the shim, the VMM and the agent say to each other.
 //!
 //! * [`agent`] (feature `agent`): the ttrpc service of the guest's first process, generated from `proto/agent.proto`.
+//! * [`containerd`] (feature `containerd`): services of containerd's, generated from `proto/containerd/`.
 //! * [`control`] (feature `control`): requests, replies and events between the shim and the VMM, with the file
 //!   descriptors that travel along.
 //! * [`netlink`] (feature `netlink`): requests to the kernel that host and guest make of their own network.
@@ -11,6 +12,8 @@
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "containerd")]
+pub mod containerd;
 #[cfg(feature = "control")]
 pub mod control;
 #[cfg(feature = "netlink")]

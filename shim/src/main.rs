@@ -20,8 +20,10 @@ mod serve;
 mod state;
 mod stdio;
 mod storage;
+mod streaming;
 mod task;
 mod timeline;
+mod transfer;
 mod vm;
 
 use std::io::Write;

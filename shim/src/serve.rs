@@ -15,7 +15,9 @@ use crate::events::Publisher;
 use crate::logging;
 use crate::reaper::Reaper;
 use crate::sandbox;
+use crate::streaming;
 use crate::task::{Pod, configure, services};
+use crate::transfer;
 
 /// Serves until the pod is done.
 ///
@@ -62,7 +64,11 @@ async fn run(
     let listener = OwnedFd::from(serving.listener);
     // SAFETY: the descriptor is a listening Unix socket that is owned here and given away whole.
     let server = unsafe { Server::new().add_unix_listener(std::os::fd::IntoRawFd::into_raw_fd(listener)) }?;
-    let mut server = server.register_service(services(&pod)).register_service(sandbox::services(&pod));
+    let mut server = server
+        .register_service(services(&pod))
+        .register_service(sandbox::services(&pod))
+        .register_service(streaming::services(&pod.streams))
+        .register_service(transfer::services(&pod));
     server.start().await?;
     tokio::spawn(handle_signals(pod.clone(), reaper, signals));
     pod.shutdown_requested().await;

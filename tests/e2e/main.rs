@@ -24,3 +24,4 @@ mod shim;
 mod sockets;
 mod stdio;
 mod terminal;
+mod transfer;

@@ -13,7 +13,7 @@ use vmshim_tests::cri::{
 use crate::fixture::{BUSYBOX, Host, host};
 
 /// A pod of the tests.
-struct Pod {
+pub struct Pod {
     cri: Cri,
     config: PodSandboxConfig,
     id: String,
@@ -21,8 +21,13 @@ struct Pod {
 
 impl Pod {
     fn run(host: &Host, handler: &str, pid: NamespaceMode) -> Self {
+        let config = PodSandboxConfig { hostname: "pod-of-two".into(), ..Default::default() };
+        Self::configured(host, handler, pid, config)
+    }
+
+    /// A pod with a configuration of its own, which gets a name here.
+    pub fn configured(host: &Host, handler: &str, pid: NamespaceMode, mut config: PodSandboxConfig) -> Self {
         let cri = Cri::connect(&host.address()).unwrap();
-        let mut config = PodSandboxConfig { hostname: "pod-of-two".into(), ..Default::default() };
         let metadata = config.metadata.mut_or_insert_default();
         metadata.name = host.id();
         metadata.uid.clone_from(&metadata.name);
@@ -51,6 +56,7 @@ impl Pod {
                     ..Default::default()
                 })
                 .collect(),
+            log_path: format!("{name}.log"),
             ..Default::default()
         };
         name.clone_into(&mut config.metadata.mut_or_insert_default().name);
@@ -72,7 +78,8 @@ impl Pod {
         self.cri.call::<Empty>(method, &request).unwrap();
     }
 
-    fn started(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> String {
+    /// A container of busybox that runs a line.
+    pub fn started(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> String {
         let id = self.create(name, line, mounts);
         self.call("StartContainer", &id);
         id
@@ -89,7 +96,8 @@ impl Pod {
         status.status.state.enum_value().unwrap()
     }
 
-    fn exec(&self, id: &str, line: &str) -> String {
+    /// What a line prints in a container.
+    pub fn exec(&self, id: &str, line: &str) -> String {
         let request = ExecSyncRequest {
             container_id: id.to_owned(),
             cmd: ["sh", "-c", line].map(str::to_owned).to_vec(),
@@ -102,7 +110,8 @@ impl Pod {
         output
     }
 
-    fn end(&self) {
+    /// Removes the pod.
+    pub fn end(&self) {
         self.remove().unwrap();
     }
 

@@ -37,15 +37,16 @@ fn run(host: &crate::fixture::Host, command: &[&str]) -> Command {
 
 /// Pipes the pattern through a command and returns the digests of what went in and of what came out.
 fn through(mut command: Command, length: u64) -> ((String, u64), (String, u64)) {
-    let mut child = command.spawn().unwrap();
+    let mut child = command.stderr(Stdio::inherit()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let writer = thread::spawn(move || {
         let mut source = std::io::BufReader::with_capacity(1 << 20, pattern(length));
-        std::io::copy(&mut source, &mut stdin).unwrap();
+        std::io::copy(&mut source, &mut stdin)
     });
     let received = digest(child.stdout.take().unwrap()).unwrap();
-    writer.join().unwrap();
-    assert!(child.wait().unwrap().success());
+    let status = child.wait().unwrap();
+    let written = writer.join().unwrap();
+    assert!(status.success() && written.is_ok(), "{status}; {written:?} written; {} read", received.1);
     let sent = digest(std::io::BufReader::with_capacity(1 << 20, pattern(length))).unwrap();
     (sent, received)
 }

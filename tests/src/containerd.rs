@@ -277,6 +277,10 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-sandbox]
   runtime_type = "{VMSHIM}"
   sandboxer = "shim"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-streaming]
+  runtime_type = "{VMSHIM}"
+  sandboxer = "shim"
+  io_type = "streaming"
 "#
     );
     Ok(if is_version_2(programs)? { common + &version_2 } else { common })

@@ -55,7 +55,19 @@ pub async fn make(
             Report::Terminal => terminal = Some(fds.pop().ok_or_else(nonsense)?),
             Report::Ready => return Ok(Made { control, terminal }),
             Report::Failed(failure) => return Err(failure),
+            Report::Done => return Err(nonsense()),
         }
+    }
+}
+
+/// Has an engine do what makes no process.
+pub async fn order(program: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
+    let control = begin(program, fds).map_err(|error| internal("start the container engine", &error))?;
+    match control.next().await? {
+        Some((Report::Done, _)) => Ok(()),
+        Some((Report::Failed(failure), _)) => Err(failure),
+        Some(_) => Err(nonsense()),
+        None => Err(Failure::new(Kind::Internal, "the container engine ended without an answer")),
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod container;
 mod create;
+mod files;
 mod making;
 mod pod;
 mod process;

@@ -15,6 +15,7 @@
 
 mod added;
 pub mod error;
+mod files;
 mod first;
 mod hooks;
 mod idmap;
@@ -97,6 +98,10 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
         Task::Exec { namespaces } => {
             let (_, process) = Document::read(document, "process")?;
             added::make(agent, &plan, &process, *namespaces, fds)
+        }
+        Task::Files { namespaces, path, direction } => {
+            files::carry(*namespaces, path, *direction, fds)?;
+            wire::report(agent, &Report::Done, None).doing(|| "answer the agent")
         }
         Task::Pod { hostname, sysctls } => pod::make(agent, &plan.shared, hostname, sysctls),
     }

@@ -64,12 +64,37 @@ pub enum Task {
         /// Namespaces (`CLONE_NEW*`) to join.
         namespaces: i32,
     },
+    /// Files into a container or out of it; the document has no body. Descriptors: a pidfd of the container's first
+    /// process, then the stream.
+    Files {
+        /// Namespaces (`CLONE_NEW*`) that the container has of its own.
+        namespaces: i32,
+        /// An absolute path in the container.
+        path: PathBuf,
+        /// Which way.
+        direction: Direction,
+    },
     /// The process that holds the pod's own namespaces; the document has no body, and no descriptors come along.
     Pod {
         /// The name of its uts namespace; the guest's where empty.
         hostname: String,
         /// Settings of its ipc namespace and of the network.
         sysctls: BTreeMap<String, String>,
+    },
+}
+
+/// Which way files go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Direction {
+    /// What the tar stream has is made below the directory.
+    Import {
+        /// With the owners that the stream names.
+        preserve_ownership: bool,
+    },
+    /// What is there goes into a tar stream.
+    Export {
+        /// Without what is below a directory.
+        no_walk: bool,
     },
 }
 
@@ -157,6 +182,8 @@ pub enum Report {
     Terminal,
     /// The process is prepared and waits to be let go.
     Ready,
+    /// There was no process to make, and all is done.
+    Done,
     /// It has come to nothing.
     Failed(Failure),
 }

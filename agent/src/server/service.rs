@@ -12,7 +12,7 @@ use vmshim_protocol::agent::{
     Agent, ConfigureNetworkRequest, ConnectLocalhostRequest, ConnectSocketRequest, ContainerRequest,
     CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess, ListProcessesResponse,
     ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest, SignalProcessRequest, StatsResponse,
-    UpdateContainerRequest,
+    TransferFilesRequest, UpdateContainerRequest,
 };
 
 /// The service.
@@ -171,6 +171,11 @@ impl Agent for Service {
         request: ConnectLocalhostRequest,
     ) -> ttrpc::Result<Empty> {
         crate::network::connect(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn transfer_files(&self, _: &TtrpcContext, request: TransferFilesRequest) -> ttrpc::Result<Empty> {
+        self.containers.carry_files(request).await?;
         Ok(Empty::new())
     }
 

@@ -45,6 +45,8 @@ impl AgentConnection {
     }
 
     calls! {
+        /// Carries files into a container or out of it.
+        transfer_files(api::TransferFilesRequest) -> api::Empty;
         /// Makes the pod's own namespaces.
         set_up_pod(api::SetUpPodRequest) -> api::Empty;
         /// Ends everything in the guest, and the guest.

@@ -1,11 +1,11 @@
 //! Standard streams: opened here by the rules of containerd's own shims, then passed to the VMM. Data never flows
-//! through the shim.
+//! through the shim, except where a client wants it on the shim's own connection ([`crate::streaming`]).
 
 mod logger;
 mod open;
 mod uri;
 
-pub use open::{Kept, Opened, Owner, Streams};
+pub use open::{Kept, Opened, Owner, Streams, Writer};
 pub use uri::{Ready, Target};
 
 use std::io;
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 pub enum StdioError {
     /// A URI that is not understood.
     #[error(
-        "the stdio address {0:?} is not supported; use a fifo's path, fifo://, file://, binary:// or binary-v2://"
+        "the stdio address {0:?} is not supported; use a fifo's path, fifo://, file://, binary://, binary-v2:// or ttrpc+unix://"
     )]
     Unsupported(String),
     /// A file or fifo that cannot be opened.
@@ -27,6 +27,12 @@ pub enum StdioError {
         /// Why.
         source: io::Error,
     },
+    /// A stream that is not there.
+    #[error("no client has opened the stream {0:?} that stdio is to go to")]
+    NoStream(String),
+    /// A stream that cannot be carried on.
+    #[error("the stream for stdio cannot be set up: {0}")]
+    Stream(io::Error),
     /// A logger that cannot be run.
     #[error("the logger {} cannot be started: {source}", path.display())]
     Logger {

@@ -5,9 +5,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
+
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
 use super::logger::{self, LoggerStreams};
 use super::{StdioError, Target};
+use crate::streaming::{self, ByteStream, Held, Waiting};
+use crate::vm::Closed;
 
 /// Where the streams of a process lead, as containerd asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -50,9 +56,27 @@ pub struct Opened {
 #[derive(Debug, Default)]
 pub struct Kept {
     /// Keeps standard input from ending when a client detaches; dropped by CloseIO.
-    pub stdin_writer: Option<File>,
+    pub stdin_writer: Option<Writer>,
+    /// Complete when the clients' streams have got everything.
+    pub sent: Vec<Closed>,
     /// Keep writing from failing while no client reads.
-    readers: Vec<File>,
+    readers: Vec<Reader>,
+}
+
+/// What keeps standard input open.
+#[derive(Debug)]
+pub enum Writer {
+    /// An end of a fifo.
+    Fifo(#[expect(dead_code, reason = "held for its descriptor")] File),
+    /// Room for the next client of a stream.
+    Stream(#[expect(dead_code, reason = "held for its drop")] Held),
+}
+
+/// What keeps output open.
+#[derive(Debug)]
+enum Reader {
+    Fifo(#[expect(dead_code, reason = "held for its descriptor")] File),
+    Stream(#[expect(dead_code, reason = "held for its drop")] Held),
 }
 
 impl Streams {
@@ -65,8 +89,15 @@ impl Streams {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open_input(&self) -> Result<(OwnedFd, Option<File>), StdioError> {
+    pub fn open_input(&self, clients: &Arc<Waiting>) -> Result<(OwnedFd, Option<Writer>), StdioError> {
         match Target::parse(&self.stdin)? {
+            Target::Stream(name) => {
+                let stream = opened(clients, &name)?;
+                let (read, write) = pipe2(PIPE_FLAGS).map_err(stream_failed)?;
+                let held =
+                    streaming::receive(clients.clone(), name, stream, write).map_err(StdioError::Stream)?;
+                Ok((read, Some(Writer::Stream(held))))
+            }
             Target::Fifo(path) | Target::File(path) => open_source(&path),
             Target::None | Target::Binary { .. } => Err(StdioError::Unsupported(self.stdin.clone())),
         }
@@ -77,13 +108,13 @@ impl Streams {
     ///
     /// # Errors
     /// The stream that cannot be opened is named.
-    pub fn open(&self, namespace: &str, id: &str) -> Result<Opened, StdioError> {
+    pub fn open(&self, namespace: &str, id: &str, clients: &Arc<Waiting>) -> Result<Opened, StdioError> {
         let mut opened = Opened::default();
         if let Target::Binary { .. } = Target::parse(&self.stdin)? {
             return Err(StdioError::Unsupported(self.stdin.clone()));
         }
         if self.terminal && !self.stdin.is_empty() {
-            let (source, writer) = self.open_input()?;
+            let (source, writer) = self.open_input(clients)?;
             opened.stdin = Some(source);
             opened.kept.stdin_writer = writer;
         }
@@ -96,30 +127,50 @@ impl Streams {
             return Ok(opened);
         }
         let same_file = matches!(&stdout, Target::File(_)) && stdout == stderr;
-        opened.stdout = open_sink(stdout, &mut opened.kept)?;
+        opened.stdout = open_sink(stdout, &mut opened.kept, clients)?;
         opened.stderr = match &opened.stdout {
             Some(file) if same_file => {
                 let path = Path::new(&self.stderr).to_owned();
                 Some(file.try_clone().map_err(|source| StdioError::Open { path, source })?)
             }
-            _ => open_sink(stderr, &mut opened.kept)?,
+            _ => open_sink(stderr, &mut opened.kept, clients)?,
         };
         Ok(opened)
     }
 }
 
-fn open_source(path: &Path) -> Result<(OwnedFd, Option<File>), StdioError> {
+/// Both ends of a pipe are on event loops.
+const PIPE_FLAGS: OFlag = OFlag::O_CLOEXEC.union(OFlag::O_NONBLOCK);
+
+fn opened(clients: &Waiting, name: &str) -> Result<ByteStream, StdioError> {
+    clients.take(name).ok_or_else(|| StdioError::NoStream(name.chars().take(128).collect()))
+}
+
+fn stream_failed(error: nix::Error) -> StdioError {
+    StdioError::Stream(error.into())
+}
+
+fn open_source(path: &Path) -> Result<(OwnedFd, Option<Writer>), StdioError> {
     let failed = |source| StdioError::Open { path: path.to_owned(), source };
     let source = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     let is_fifo = is_fifo(&source).map_err(failed)?;
     // There is a reader now, so this does not wait.
     let writer = is_fifo.then(|| OpenOptions::new().write(true).open(path)).transpose().map_err(failed)?;
-    Ok((source.into(), writer))
+    Ok((source.into(), writer.map(Writer::Fifo)))
 }
 
-fn open_sink(target: Target, kept: &mut Kept) -> Result<Option<OwnedFd>, StdioError> {
+fn open_sink(target: Target, kept: &mut Kept, clients: &Arc<Waiting>) -> Result<Option<OwnedFd>, StdioError> {
     match target {
         Target::None => Ok(None),
+        Target::Stream(name) => {
+            let stream = opened(clients, &name)?;
+            let (read, write) = pipe2(PIPE_FLAGS).map_err(stream_failed)?;
+            let (held, sent) =
+                streaming::send(clients.clone(), name, stream, read).map_err(StdioError::Stream)?;
+            kept.readers.push(Reader::Stream(held));
+            kept.sent.push(sent);
+            Ok(Some(write))
+        }
         Target::Fifo(path) => {
             let failed = |source| StdioError::Open { path: path.clone(), source };
             // A reader first, without which the writer would wait for one.
@@ -128,7 +179,7 @@ fn open_sink(target: Target, kept: &mut Kept) -> Result<Option<OwnedFd>, StdioEr
             let fifo = is_fifo(&reader).map_err(failed)?;
             let writer = OpenOptions::new().write(true).append(!fifo).open(&path).map_err(failed)?;
             if fifo {
-                kept.readers.push(reader);
+                kept.readers.push(Reader::Fifo(reader));
             }
             Ok(Some(writer.into()))
         }
@@ -172,7 +223,8 @@ mod tests {
             stdout: fifo(directory.path(), "out"),
             ..Streams::default()
         };
-        let mut opened = streams.open("ns", "id").unwrap();
+        let clients = Arc::default();
+        let mut opened = streams.open("ns", "id", &clients).unwrap();
         assert!(opened.stderr.is_none());
         // Nobody reads, and writing still works.
         let mut out = File::from(opened.stdout.take().unwrap());
@@ -183,12 +235,21 @@ mod tests {
         reader.read_exact(&mut buffer).unwrap();
         assert_eq!(&buffer, b"kept");
         // A client that writes and goes does not end the input; dropping the kept writer does.
-        let (input, mut writer) = streams.open_input().unwrap();
+        let (input, mut writer) = streams.open_input(&clients).unwrap();
         let mut input = File::from(input);
         drop(OpenOptions::new().write(true).open(&streams.stdin).unwrap());
         assert_eq!(input.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert!(writer.take().is_some());
         assert_eq!(input.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_stream_that_no_client_has_opened_is_named() {
+        let address = "ttrpc+unix:///run/s.sock?streaming_id=mine".to_owned();
+        let streams = Streams { stdin: address.clone(), stdout: address, ..Streams::default() };
+        let sentence = "no client has opened the stream \"mine\" that stdio is to go to";
+        assert_eq!(streams.open("ns", "id", &Arc::default()).unwrap_err().to_string(), sentence);
+        assert_eq!(streams.open_input(&Arc::default()).unwrap_err().to_string(), sentence);
     }
 
     #[test]
@@ -198,7 +259,7 @@ mod tests {
         let address = format!("file://{}", path.display());
         let streams = Streams { stdout: address.clone(), stderr: address, ..Streams::default() };
         for _ in 0..2 {
-            let opened = streams.open("ns", "id").unwrap();
+            let opened = streams.open("ns", "id", &Arc::default()).unwrap();
             File::from(opened.stdout.unwrap()).write_all(b"o").unwrap();
             File::from(opened.stderr.unwrap()).write_all(b"e").unwrap();
         }
@@ -214,6 +275,6 @@ mod tests {
             terminal: true,
             ..Streams::default()
         };
-        assert!(streams.open("ns", "id").unwrap().stderr.is_none());
+        assert!(streams.open("ns", "id", &Arc::default()).unwrap().stderr.is_none());
     }
 }

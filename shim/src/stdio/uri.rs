@@ -14,6 +14,8 @@ pub enum Target {
     Fifo(PathBuf),
     /// A file to append to, made with its directories where it is missing.
     File(PathBuf),
+    /// A client's stream of that name, on the shim's own connection.
+    Stream(String),
     /// A program that reads the output.
     Binary {
         /// The program.
@@ -48,6 +50,10 @@ impl Target {
             return if text.starts_with('/') { Ok(Self::Fifo(text.into())) } else { Err(unsupported()) };
         };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        if scheme == "ttrpc+unix" {
+            // The address is the shim's own; it is the client that needs it.
+            return stream_name(query).map(Self::Stream).ok_or_else(unsupported);
+        }
         let path = percent_decode(path).filter(|path| path.starts_with('/')).ok_or_else(unsupported)?;
         match scheme {
             "fifo" => Ok(Self::Fifo(path.into())),
@@ -60,6 +66,12 @@ impl Target {
             _ => Err(unsupported()),
         }
     }
+}
+
+/// The stream that a query names.
+fn stream_name(query: &str) -> Option<String> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix("streaming_id="))?;
+    percent_decode(&value.replace('+', " ")).filter(|name| !name.is_empty())
 }
 
 /// Names and values of a query in turn; a name without a value stands alone.
@@ -115,21 +127,32 @@ mod tests {
                 ready: Ready::Close,
             }
         );
+        assert_eq!(
+            parse("ttrpc+unix:///run/s.sock?streaming_id=a%2Fb-stdout"),
+            Target::Stream("a/b-stdout".into())
+        );
         assert!(matches!(parse("binary-v2:///bin/l"), Target::Binary { ready: Ready::Byte, .. }));
     }
 
     #[test]
     fn the_rest_is_refused() {
-        for text in
-            ["relative", "http:///x", "fifo://", "file://rel", "fifo:///%zz", "fifo:///%0", "binary:///b?%"]
-        {
+        for text in [
+            "relative",
+            "http:///x",
+            "fifo://",
+            "file://rel",
+            "fifo:///%zz",
+            "fifo:///%0",
+            "binary:///b?%",
+            "ttrpc+unix:///x",
+        ] {
             assert!(Target::parse(text).is_err(), "{text}");
         }
     }
 
     proptest! {
         #[test]
-        fn any_text_is_parsed_or_refused(text in "((fifo|file|binary)://)?.{0,40}") {
+        fn any_text_is_parsed_or_refused(text in "((fifo|file|binary|ttrpc[+]unix)://)?.{0,40}") {
             let _ = Target::parse(&text);
         }
     }

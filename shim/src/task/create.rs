@@ -105,10 +105,11 @@ async fn build(
     let mut staging = Staging::new(&pod.dir.shared(), &container.id);
     let streams = container.init.streams.clone();
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
+    let clients = pod.streams.clone();
     let (staging, rootfs, opened) = blocking("prepare storage", move || {
         let owners = sockets.iter().map(|path| SocketOwner::of(path)).collect::<Result<Vec<_>, _>>();
         let rootfs = owners.and_then(|owners| Ok((staging.stage(mount, &root, &binds)?, owners)));
-        let opened = rootfs.is_ok().then(|| streams.open(&namespace, &id));
+        let opened = rootfs.is_ok().then(|| streams.open(&namespace, &id, &clients));
         (staging, rootfs, opened)
     })
     .await?;

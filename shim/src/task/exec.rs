@@ -63,6 +63,8 @@ fn guest_process(json: &[u8]) -> Result<Vec<u8>, TaskError> {
     if !has_args {
         return Err(TaskError::Request("the exec's spec has no args".to_owned()));
     }
+    // As runc reads it.
+    process.entry("user").or_insert_with(|| serde_json::json!({ "uid": 0, "gid": 0 }));
     process.remove("apparmorProfile");
     process.remove("selinuxLabel");
     serde_json::to_vec(&process).map_err(|_| TaskError::Internal("encode a process"))
@@ -122,7 +124,7 @@ async fn run(
         forget(vm, process, deadline).await;
         return Err(error);
     }
-    connect_input(vm, process, deadline).await?;
+    connect_input(pod, vm, process, deadline).await?;
     let request = api::ProcessRequest {
         container_id: container.id.to_string(),
         exec_id: process.exec_id.clone(),
@@ -140,7 +142,8 @@ async fn prepare(
 ) -> Result<(), TaskError> {
     let streams = process.streams.clone();
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
-    let opened = blocking("open stdio", move || streams.open(&namespace, &id)).await??;
+    let clients = pod.streams.clone();
+    let opened = blocking("open stdio", move || streams.open(&namespace, &id, &clients)).await??;
     let stdio = connect(vm, process, opened, deadline).await?;
     let request = api::ExecProcessRequest {
         container_id: container.id.to_string(),
@@ -167,6 +170,6 @@ mod tests {
     fn the_hosts_security_modules_are_not_asked_for() {
         let out = guest_process(br#"{"args":["a"],"apparmorProfile":"p","cwd":"/"}"#).unwrap();
         let value: Value = serde_json::from_slice(&out).unwrap();
-        assert_eq!(value, serde_json::json!({ "args": ["a"], "cwd": "/" }));
+        assert_eq!(value, serde_json::json!({ "args": ["a"], "cwd": "/", "user": { "uid": 0, "gid": 0 } }));
     }
 }

@@ -24,6 +24,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::{self, Life};
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
 use crate::storage::{SharedError, Slots, mount_shared};
+use crate::streaming::Waiting;
 use crate::vm::{LaunchError, Launcher, Machine, Vm};
 
 /// How long to wait for the reason when the guest's connection breaks.
@@ -92,6 +93,8 @@ pub struct Pod {
     pub journal: Option<Arc<Journal>>,
     /// Collects the exit statuses of the shim's children.
     pub reaper: Reaper,
+    /// Streams that clients have opened.
+    pub streams: Arc<Waiting>,
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
@@ -126,6 +129,7 @@ impl Pod {
             sandbox: Life::default(),
             journal: prepared.as_ref().ok().map(|prepared| prepared.journal.clone()),
             reaper: reaper.clone(),
+            streams: Arc::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
             network: OnceLock::new(),
@@ -319,6 +323,7 @@ impl Pod {
             sandbox: Life::default(),
             journal: None,
             reaper: Reaper::default(),
+            streams: Arc::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
             network: OnceLock::new(),

@@ -1,12 +1,11 @@
 //! One process of a container: its phase, published at every change, and its standard streams.
 
-use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::stdio::{Kept, Streams};
+use crate::stdio::{Kept, Streams, Writer};
 use crate::vm::{Closed, Port};
 
 /// How a process ended.
@@ -92,6 +91,13 @@ struct Io {
     reserved: Option<(Port, Closed)>,
     /// CloseIO may come before there is anything to close.
     stdin_closed: bool,
+}
+
+impl Io {
+    /// All that carries output or input.
+    fn streams(&self) -> impl Iterator<Item = &Closed> {
+        self.open.iter().map(|(_, closed)| closed).chain(&self.kept.sent)
+    }
 }
 
 impl Process {
@@ -185,7 +191,7 @@ impl Process {
     }
 
     /// Takes over what keeps standard input from ending, unless it has been ended already.
-    pub fn keep_input(&self, writer: Option<File>) {
+    pub fn keep_input(&self, writer: Option<Writer>) {
         let mut io = lock(&self.io);
         io.kept.stdin_writer = writer.filter(|_| !io.stdin_closed);
     }
@@ -206,7 +212,7 @@ impl Process {
 
     /// Waits until every stream is over.
     pub async fn drained(&self) {
-        let open: Vec<Closed> = lock(&self.io).open.iter().map(|(_, closed)| closed.clone()).collect();
+        let open: Vec<Closed> = lock(&self.io).streams().cloned().collect();
         for mut closed in open {
             closed.wait().await;
         }
@@ -214,7 +220,7 @@ impl Process {
 
     /// Whether every stream is over.
     pub fn is_drained(&self) -> bool {
-        lock(&self.io).open.iter().all(|(_, closed)| closed.is_over())
+        lock(&self.io).streams().all(Closed::is_over)
     }
 
     /// Lets go of the streams and says which ports they had.
@@ -267,10 +273,10 @@ mod tests {
     fn an_input_that_was_closed_too_early_is_closed_when_it_comes() {
         let process = process(Phase::Starting);
         process.close_stdin();
-        process.keep_input(Some(tempfile::tempfile().unwrap()));
+        process.keep_input(Some(Writer::Fifo(tempfile::tempfile().unwrap())));
         assert!(lock(&process.io).kept.stdin_writer.is_none());
         let mut kept = Kept::default();
-        kept.stdin_writer = Some(tempfile::tempfile().unwrap());
+        kept.stdin_writer = Some(Writer::Fifo(tempfile::tempfile().unwrap()));
         process.connect(kept, Vec::new());
         assert!(lock(&process.io).kept.stdin_writer.is_none());
     }

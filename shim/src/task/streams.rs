@@ -11,6 +11,7 @@ use vmshim_protocol::control::FdRole;
 
 use super::TaskError;
 use super::create::blocking;
+use super::pod::Pod;
 use super::process::Process;
 use crate::stdio::Opened;
 use crate::vm::{Closed, Port, Vm};
@@ -84,10 +85,15 @@ async fn expect(
 ///
 /// # Errors
 /// When it cannot be opened, or the VMM does not take it.
-pub async fn connect_input(vm: &Vm, process: &Process, deadline: Instant) -> Result<(), TaskError> {
+pub async fn connect_input(
+    pod: &Pod,
+    vm: &Vm,
+    process: &Process,
+    deadline: Instant,
+) -> Result<(), TaskError> {
     let Some(port) = process.reserved_input() else { return Ok(()) };
-    let streams = process.streams.clone();
-    let (source, writer) = blocking("open stdin", move || streams.open_input()).await??;
+    let (streams, clients) = (process.streams.clone(), pod.streams.clone());
+    let (source, writer) = blocking("open stdin", move || streams.open_input(&clients)).await??;
     // Before anybody can be told of the source, so that a CloseIO finds the writer.
     process.keep_input(writer);
     vm.supply(port, &[(FdRole::StreamSource, source.as_fd())], deadline).await?;

@@ -17,6 +17,12 @@ pub struct Port(pub u32);
 pub struct Closed(watch::Receiver<()>);
 
 impl Closed {
+    /// What completes when the sender is dropped.
+    pub fn pair() -> (watch::Sender<()>, Self) {
+        let (sender, receiver) = watch::channel(());
+        (sender, Self(receiver))
+    }
+
     /// Whether it is.
     pub fn is_over(&self) -> bool {
         self.0.has_changed().is_err()
@@ -55,10 +61,10 @@ impl Streams {
         let number = table.next.ok_or(ControlError::OutOfPorts)?;
         // u32::MAX is VMADDR_PORT_ANY.
         table.next = number.checked_add(1).filter(|next| *next != u32::MAX);
-        let (sender, receiver) = watch::channel(());
+        let (sender, closed) = Closed::pair();
         let port = Port(number);
         table.open.insert(port, sender);
-        Ok((port, Closed(receiver)))
+        Ok((port, closed))
     }
 
     /// The stream of a port is over. Ports that were never handed out are not worth a word.
