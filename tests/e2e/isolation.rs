@@ -3,6 +3,7 @@
 use std::fs;
 
 use crate::fixture::{host, stderr, stdout, succeeded};
+use crate::shim::spec_run;
 
 #[test]
 fn mknod_does_not_reach_the_guest_s_disks() {
@@ -25,6 +26,54 @@ fn capabilities_seccomp_and_masked_paths_are_those_of_the_spec() {
     assert!(text.contains("Seccomp:\t2") && text.contains("NoNewPrivs:\t1"), "{text}");
     assert_eq!(succeeded(&host.sh(&[], "cat /proc/kcore | wc -c")), "0\n");
     assert!(!host.sh(&[], "echo 1 > /proc/sys/kernel/panic").status.success());
+}
+
+#[test]
+fn limits_ids_and_sysctls_are_those_of_the_spec() {
+    let host = host();
+    let line = "ulimit -n; ulimit -Hn; id -u; id -g; id -G; umask; cat /proc/sys/kernel/shm_rmid_forced \
+                /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/self/oom_score_adj";
+    let output = spec_run(&host, &["sh", "-c", line], |spec| {
+        spec["process"]["rlimits"] =
+            serde_json::json!([{ "type": "RLIMIT_NOFILE", "soft": 123, "hard": 456 }]);
+        spec["process"]["user"] =
+            serde_json::json!({ "uid": 7, "gid": 8, "additionalGids": [9, 10], "umask": 63 });
+        spec["process"]["oomScoreAdj"] = 250.into();
+        spec["linux"]["sysctl"] = serde_json::json!({
+            "kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80"
+        });
+    });
+    assert_eq!(succeeded(&output), "123\n456\n7\n8\n8 9 10\n0077\n1\n80\n250\n");
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_user_namespace_maps_as_the_spec_says() {
+    let host = host();
+    let output = spec_run(&host, &["sh", "-c", "id -u; cat /proc/self/uid_map"], |spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(serde_json::json!({ "type": "user" }));
+        let mapping = serde_json::json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+    });
+    let text = succeeded(&output);
+    assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536"]);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn what_the_guest_cannot_do_is_refused_by_its_field() {
+    let host = host();
+    let output = spec_run(&host, &["true"], |spec| {
+        spec["linux"]["sysctl"] = serde_json::json!({ "kernel.panic": "1" });
+    });
+    assert!(!output.status.success() && stderr(&output).contains("kernel.panic"), "{}", stderr(&output));
+    let output = spec_run(&host, &["true"], |spec| {
+        spec["linux"]["intelRdt"] = serde_json::json!({ "closID": "x" });
+    });
+    assert!(!output.status.success() && stderr(&output).contains("intelRdt"), "{}", stderr(&output));
+    host.assert_nothing_left();
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Limits of the spec hold in the guest.
 
-use crate::fixture::{BUSYBOX, host, stderr, stdout};
+use crate::fixture::{BUSYBOX, host, stderr, stdout, succeeded};
 use crate::shim::spec_run;
 
 #[test]
@@ -25,6 +25,22 @@ fn forking_past_the_pids_limit_fails_inside_only() {
         |spec| spec["linux"]["resources"]["pids"] = serde_json::json!({ "limit": 10 }),
     );
     assert!(stderr(&output).contains("can't fork"), "{}{}", stdout(&output), stderr(&output));
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_pod_may_change_what_is_left_to_it_and_no_more() {
+    let host = host();
+    let vcpus = "io.vmshim.hypervisor.default_vcpus";
+    let refused = host.sh(&["--annotation", &format!("{vcpus}=2")], "nproc");
+    assert!(stderr(&refused).contains("is not left to pods on this node"), "{}", stderr(&refused));
+    let drop_in = std::path::Path::new("/etc/vmshim/config.d/pods.toml");
+    std::fs::write(drop_in, "[runtime]\nleft_to_pods = [\"hypervisor.default_vcpus\"]\n").unwrap();
+    let granted = host.sh(&["--annotation", &format!("{vcpus}=2")], "nproc");
+    let beyond = host.sh(&["--annotation", &format!("{vcpus}=200")], "nproc");
+    std::fs::remove_file(drop_in).unwrap();
+    assert_eq!(succeeded(&granted), "2\n");
+    assert!(stderr(&beyond).contains("must be from 1 to 64"), "{}", stderr(&beyond));
     host.assert_nothing_left();
 }
 

@@ -2,6 +2,7 @@
 //!
 //! `scripts/test` runs them in the test host, with these variables:
 //! * `VMSHIM_TEST_CONTAINERD`: the directory of containerd's programs, with runc,
+//! * `VMSHIM_TEST_CONTAINERD_OLDER`: those of an older one, where there is one to upgrade from,
 //! * `VMSHIM_TEST_IMAGES`: a directory with `busybox.tar`, `debian.tar` and `pause.tar`,
 //! * `VMSHIM_TEST_DIR`: a scratch directory on which overlayfs can have its upper directories.
 
@@ -25,3 +26,4 @@ mod sockets;
 mod stdio;
 mod terminal;
 mod transfer;
+mod verbs;

@@ -160,6 +160,7 @@ fn two_containers_share_a_pod(handler: &str) {
         ..Default::default()
     };
     pod.cri.call::<Empty>("UpdateContainerResources", &update).unwrap();
+    assert_eq!(pod.exec(&first, "cat /sys/fs/cgroup/memory.max"), (64 << 20).to_string());
 
     // The pod outlives its containers, one and all.
     pod.stop(&first);

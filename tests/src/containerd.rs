@@ -139,6 +139,15 @@ impl Containerd {
         Ok(())
     }
 
+    /// Kills the daemon and starts another version over what it has left.
+    ///
+    /// # Errors
+    /// When it can't be started or doesn't answer; with the end of its log.
+    pub fn kill_and_upgrade(&mut self, programs: &Path) -> Result<()> {
+        programs.clone_into(&mut self.programs);
+        self.kill_and_restart()
+    }
+
     /// Kills the daemon and starts it again over what it has left.
     ///
     /// # Errors

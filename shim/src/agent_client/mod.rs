@@ -45,6 +45,8 @@ impl AgentConnection {
     }
 
     calls! {
+        /// Lists the processes of a container.
+        list_processes(api::ContainerRequest) -> api::ListProcessesResponse;
         /// Carries files into a container or out of it.
         transfer_files(api::TransferFilesRequest) -> api::Empty;
         /// Makes the pod's own namespaces.

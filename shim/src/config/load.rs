@@ -29,6 +29,14 @@ pub enum ConfigError {
         /// What is wrong, and what would be right.
         message: String,
     },
+    /// A pod's own wish that is not granted.
+    #[error("the annotation {name} {why}")]
+    Annotation {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Settings that contradict each other.
     #[error("the configuration contradicts itself: {0}")]
     Contradiction(&'static str),
@@ -101,7 +109,8 @@ impl Config {
         Ok(())
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
+    /// Whether settings fit each other.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
         let vm = &self.hypervisor;
         if vm.default_vcpus > vm.max_vcpus {
             return Err(ConfigError::Contradiction("`default_vcpus` is larger than `max_vcpus`"));
@@ -144,7 +153,7 @@ fn unknown(what: &str, name: &str, known: &[&str]) -> String {
 }
 
 /// The known name that is fewest edits away, if that is near enough to be a slip of the pen.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(super) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()
         .map(|candidate| (edit_distance(name, candidate), *candidate))

@@ -5,6 +5,7 @@
 //! administrator's, so they are trusted, but never guessed at: a key or value that does not fit is an error that says
 //! where it stands and what was meant.
 
+mod annotations;
 #[cfg(test)]
 mod example;
 mod load;

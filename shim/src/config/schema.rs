@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use toml::de::DeValue;
 
+use super::annotations::LeftToPods;
 use super::value::{LogLevel, Setting};
 
 /// Why one key of a section could not be set.
@@ -152,5 +153,9 @@ settings! {
         log_level: LogLevel = LogLevel::Info;
         /// How long a call to the guest may take where the caller sets no deadline, in seconds.
         request_timeout_seconds: u32 = 60u32, in 1..=3_600u32;
+        /// Settings that a pod may change for itself, each by an annotation: "hypervisor.default_vcpus" by
+        /// io.vmshim.hypervisor.default_vcpus. Ranges and maxima hold for pods, too. It can have, besides that one,
+        /// hypervisor.boot_timeout_seconds, .default_memory_mib, .kernel_params, .nic_slots and .overhead_memory_mib.
+        left_to_pods: LeftToPods = LeftToPods::default();
     }
 }

@@ -18,7 +18,7 @@ fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
     value.as_str().ok_or_else(|| format!("must be a string in quotes, not {}", article(value)))
 }
 
-fn article(value: &DeValue<'_>) -> String {
+pub(super) fn article(value: &DeValue<'_>) -> String {
     let kind = value.type_str();
     let article = if kind.starts_with(['a', 'i']) { "an" } else { "a" };
     format!("{article} {kind}")

@@ -3,7 +3,7 @@
 //! The message has no Rust type here, because some ten fields of it are read and some hundred are not. Its fields are found
 //! by their numbers, which CRI's v1 has promised to keep.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, UnknownValueRef};
@@ -16,6 +16,7 @@ const TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// `PodSandboxConfig`.
 const HOSTNAME: u32 = 2;
 const DNS: u32 = 4;
+const ANNOTATIONS: u32 = 7;
 const LINUX: u32 = 8;
 /// `LinuxPodSandboxConfig`.
 const CGROUP_PARENT: u32 = 1;
@@ -45,6 +46,8 @@ pub struct SandboxConfig {
     pub cgroup_parent: String,
     /// By their dotted names.
     pub sysctls: HashMap<String, String>,
+    /// Of the pod.
+    pub annotations: BTreeMap<String, String>,
     /// The sum of those of its containers.
     pub limits: Limits,
     /// Where the pod has a resolver of its own.
@@ -92,6 +95,9 @@ impl SandboxConfig {
             match (number, value) {
                 (HOSTNAME, UnknownValueRef::LengthDelimited(text)) => config.hostname = string(text),
                 (DNS, UnknownValueRef::LengthDelimited(dns)) => config.dns = Some(read_dns(dns)?),
+                (ANNOTATIONS, UnknownValueRef::LengthDelimited(entry)) => {
+                    config.annotations.extend([read_entry(entry)?]);
+                }
                 (LINUX, UnknownValueRef::LengthDelimited(linux)) => config.read_linux(linux)?,
                 _ => {}
             }
@@ -105,16 +111,7 @@ impl SandboxConfig {
             match (number, value) {
                 (CGROUP_PARENT, UnknownValueRef::LengthDelimited(text)) => self.cgroup_parent = string(text),
                 (SYSCTLS, UnknownValueRef::LengthDelimited(entry)) => {
-                    let (mut name, mut setting) = Default::default();
-                    for_each_field(entry, |number, value| {
-                        match (number, value) {
-                            (1, UnknownValueRef::LengthDelimited(text)) => name = string(text),
-                            (2, UnknownValueRef::LengthDelimited(text)) => setting = string(text),
-                            _ => {}
-                        }
-                        Ok(())
-                    })?;
-                    self.sysctls.insert(name, setting);
+                    self.sysctls.extend([read_entry(entry)?]);
                 }
                 (RESOURCES, UnknownValueRef::LengthDelimited(resources)) => self.read_resources(resources)?,
                 _ => {}
@@ -134,6 +131,20 @@ impl SandboxConfig {
             Ok(())
         })
     }
+}
+
+/// One entry of a map of strings.
+fn read_entry(entry: &[u8]) -> Result<(String, String), Malformed> {
+    let (mut name, mut setting) = Default::default();
+    for_each_field(entry, |number, value| {
+        match (number, value) {
+            (1, UnknownValueRef::LengthDelimited(text)) => name = string(text),
+            (2, UnknownValueRef::LengthDelimited(text)) => setting = string(text),
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok((name, setting))
 }
 
 fn read_dns(message: &[u8]) -> Result<Dns, Malformed> {

@@ -76,7 +76,13 @@ impl Service {
         };
         self.pod.sandbox.create()?;
         let netns = network::meant_by(Path::new(&request.netns_path));
-        self.pod.launch(Ok(Shape { limits: config.limits, cgroup, oom_score: None, netns }));
+        self.pod.launch(Ok(Shape {
+            limits: config.limits,
+            cgroup,
+            oom_score: None,
+            netns,
+            annotations: config.annotations.clone(),
+        }));
         match self.furnish(&config, request.options.is_some()) {
             Ok(()) => *self.requested() = Requested { netns_path: request.netns_path, pod: config },
             Err(error) => {

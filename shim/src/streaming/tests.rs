@@ -1,6 +1,6 @@
 //! A client, by the same protocol as containerd's, against the service.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixListener;
 
 use nix::fcntl::OFlag;
@@ -26,10 +26,8 @@ impl Host {
         let path = directory.path().join("s");
         let waiting = Arc::new(Waiting::default());
         let listener = UnixListener::bind(&path).unwrap();
-        let fd = listener.as_raw_fd();
-        std::mem::forget(listener);
-        // SAFETY: a listening socket that nobody else owns.
-        let server = unsafe { Server::new().add_unix_listener(fd) }.unwrap();
+        // SAFETY: the descriptor is a listening Unix socket that is owned here and given away whole.
+        let server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd()) }.unwrap();
         let mut server = server.register_service(services(&waiting));
         server.start().await.unwrap();
         let address = format!("unix://{}", path.display());

@@ -62,7 +62,10 @@ pub enum BootError {
 impl BootError {
     /// Whether the caller's own input is at fault.
     pub fn is_invalid(&self) -> bool {
-        matches!(self, Self::Options(_) | Self::Spec(_) | Self::Cgroup(_))
+        matches!(
+            self,
+            Self::Options(_) | Self::Spec(_) | Self::Cgroup(_) | Self::Config(ConfigError::Annotation { .. })
+        )
     }
 }
 
@@ -364,6 +367,8 @@ pub struct Shape {
     pub oom_score: Option<i32>,
     /// The network namespace whose interfaces become the guest's.
     pub netns: Option<PathBuf>,
+    /// The pod's, of which some may change settings.
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Shape {
@@ -378,7 +383,8 @@ impl Shape {
         }
         let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
         let netns = spec.network_namespace().map(Path::to_owned);
-        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score(), netns })
+        let annotations = spec.annotations().clone();
+        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score(), netns, annotations })
     }
 }
 
@@ -391,11 +397,12 @@ struct Prepared {
 
 impl Prepared {
     fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<(Arc<Vm>, Ready), BootError> {
-        let (hypervisor, runtime) = (&self.config.hypervisor, &self.config.runtime);
+        let config = self.config.for_pod(&shape.annotations)?;
+        let (hypervisor, runtime) = (&config.hypervisor, &config.runtime);
         let nic_slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
         let launcher = Launcher {
-            config: &self.config,
-            machine: Machine::new(&self.config, &shape.limits),
+            config: &config,
+            machine: Machine::new(&config, &shape.limits),
             id: id.as_str(),
             shared: &dir.shared(),
             cgroup: shape.cgroup,

@@ -1,6 +1,6 @@
 //! The Task service's methods, under both of its names.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
+use tokio::time::Instant;
 use ttrpc::asynchronous::{Service as Dispatch, TtrpcContext};
 use vmshim_protocol::agent as api;
 
@@ -34,6 +35,15 @@ pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// How long Shutdown keeps its caller. containerd gives it three seconds.
 const SHUTDOWN_ANSWER: Duration = Duration::from_millis(2500);
+
+/// How long the guest may take to list processes.
+const LIST_LIMIT: Duration = Duration::from_secs(2);
+
+/// More processes than any container has; what the guest lists beyond that is left out.
+const MOST_LISTED: usize = 32_768;
+
+/// A field of our own in containerd's `ProcessDetails`: the process id in the guest, which clients show by this number.
+const GUEST_PID_FIELD: u32 = 100;
 
 const PROCESS_DETAILS_TYPE: &str = "containerd.runc.v1.ProcessDetails";
 
@@ -57,6 +67,23 @@ impl Service {
         let container = self.pod.container(id)?;
         let process = container.process(exec_id)?;
         Ok((container, process))
+    }
+
+    /// What is to be said of each process in the container, as the guest lists them; none where it lists none in time.
+    async fn guest_processes(&self, container: &Container, deadline: Instant) -> Option<Vec<Option<Any>>> {
+        if !container.init.phase().is_live() {
+            return None;
+        }
+        let vm = self.pod.living_vm()?;
+        let request = api::ContainerRequest { container_id: container.id.to_string(), ..Default::default() };
+        let listed = self.pod.in_guest(vm, vm.agent().list_processes(&request, deadline)).await.ok()?;
+        let of_execs: HashSet<_> = container.execs().iter().map(|exec| exec.exec_id.clone()).collect();
+        let details = listed.processes.into_iter().take(MOST_LISTED).map(|process| {
+            // A name that the guest makes up is nobody's.
+            let exec_id = Some(process.exec_id).filter(|id| of_execs.contains(id)).unwrap_or_default();
+            process_details(&exec_id, Some(process.pid))
+        });
+        Some(details.collect::<Vec<_>>()).filter(|details| !details.is_empty())
     }
 
     /// Freezes or thaws a container: a phase is left before the guest is asked, and only the right one.
@@ -153,15 +180,22 @@ impl Task for Service {
         })
     }
 
-    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+    async fn pids(&self, context: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.pod.container(&request.id)?;
-        let live = container.execs().into_iter().filter(|exec| exec.phase().is_live());
-        // The init is listed as long as the container is there: containerd takes an empty list for a leaked shim.
-        let processes = [container.init.clone()].into_iter().chain(live).map(|process| ProcessInfo {
-            pid: self.pod.task_pid(),
-            info: process_details(&process.exec_id).into(),
-            ..ProcessInfo::default()
-        });
+        let deadline = self.pod.deadline(context.timeout_nano).min(Instant::now() + LIST_LIMIT);
+        let details = match self.guest_processes(&container, deadline).await {
+            Some(processes) => processes,
+            // As it was made. The init is there as long as the container: containerd takes an empty list for a leaked
+            // shim.
+            None => {
+                let live = container.execs().into_iter().filter(|exec| exec.phase().is_live());
+                let known = [container.init.clone()].into_iter().chain(live);
+                known.map(|process| process_details(&process.exec_id, None)).collect()
+            }
+        };
+        let pid = self.pod.task_pid();
+        let processes =
+            details.into_iter().map(|info| ProcessInfo { pid, info: info.into(), ..ProcessInfo::default() });
         Ok(PidsResponse { processes: processes.collect(), ..PidsResponse::default() })
     }
 
@@ -279,11 +313,31 @@ impl Task for Service {
     }
 }
 
-fn process_details(exec_id: &str) -> Option<Any> {
-    if exec_id.is_empty() {
+/// What a list of processes says of one, where there is something to say.
+fn process_details(exec_id: &str, guest_pid: Option<u32>) -> Option<Any> {
+    if exec_id.is_empty() && guest_pid.is_none() {
         return None;
     }
-    let details = ProcessDetails { exec_id: exec_id.to_owned(), ..ProcessDetails::default() };
+    let mut details = ProcessDetails { exec_id: exec_id.to_owned(), ..ProcessDetails::default() };
+    if let Some(pid) = guest_pid {
+        details.mut_unknown_fields().add_varint(GUEST_PID_FIELD, pid.into());
+    }
     let value = details.write_to_bytes().ok()?;
     Some(Any { type_url: PROCESS_DETAILS_TYPE.to_owned(), value, ..Any::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::protobuf::UnknownValueRef;
+
+    use super::*;
+
+    #[test]
+    fn a_listed_process_tells_its_exec_and_its_pid_in_the_guest() {
+        assert!(process_details("", None).is_none());
+        let info = process_details("e", Some(17)).unwrap();
+        let details = ProcessDetails::parse_from_bytes(&info.value).unwrap();
+        assert_eq!(details.exec_id, "e");
+        assert_eq!(details.unknown_fields().get(GUEST_PID_FIELD), Some(UnknownValueRef::Varint(17)));
+    }
 }
