@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -18,6 +19,9 @@ use crate::sandbox;
 use crate::streaming;
 use crate::task::{Pod, configure, services};
 use crate::transfer;
+
+/// How long answers may take to leave. What waits longer waits for something that will not happen any more.
+const ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Serves until the pod is done.
 ///
@@ -75,6 +79,10 @@ async fn run(
     // While the journal still tells `delete` to wait, so that it is not the socket of a successor.
     let _ = std::fs::remove_file(socket);
     pod.wind_up().await;
+    // Whoever asked for the end is to hear that it has come.
+    if tokio::time::timeout(ANSWERS_LIMIT, server.disconnect()).await.is_err() {
+        log::debug!("calls are cut off that were still waiting");
+    }
     Ok(())
 }
 

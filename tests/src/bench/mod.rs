@@ -12,6 +12,7 @@ mod stdio;
 pub use report::{Figure, Report, Row};
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -30,6 +31,8 @@ pub struct Plan<'a> {
     pub daemon: &'a Containerd,
     /// Counted runs of each measurement; one more goes before them uncounted.
     pub runs: usize,
+    /// After how long without a sign of life a run is given up as hung.
+    pub hang: Duration,
     /// Bytes through `cat`.
     pub stream_bytes: u64,
     /// Where the programs are installed.

@@ -12,11 +12,8 @@ use super::{IMAGE, Plan};
 use crate::containerd::{RUNC, VMSHIM, tail};
 use crate::timeline::Timeline;
 
-/// Where a run is given up as hung, in the host's time.
-const HANG: Duration = Duration::from_secs(30);
-
 /// Runs given up in a row before the benchmark gives up.
-const MOST_HUNG: usize = 5;
+pub const MOST_HUNG: usize = 5;
 
 /// Phases of one run, in milliseconds.
 type Phases = Vec<(&'static str, Option<f64>)>;
@@ -132,7 +129,7 @@ fn exec_in(plan: &Plan<'_>, runtime: &str, name: &str) -> Result<(Figure, usize)
 fn timed(plan: &Plan<'_>, what: &str, arguments: &[&str]) -> Result<Option<f64>> {
     let mut command = plan.daemon.ctr(arguments);
     let started = Instant::now();
-    let Some((success, errors)) = bounded(&mut command, HANG)? else { return Ok(None) };
+    let Some((success, errors)) = bounded(&mut command, plan.hang)? else { return Ok(None) };
     let elapsed = started.elapsed();
     ensure!(success, "{what}: {errors}");
     Ok(Some(elapsed.as_secs_f64() * 1000.0))

@@ -2,22 +2,38 @@
 
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::thread;
-use std::time::Instant;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::report::{Figure, Limit, Report, Row};
+use super::run::{self, MOST_HUNG};
 use super::{IMAGE, Plan};
-use crate::containerd::{RUNC, VMSHIM};
+use crate::containerd::{RUNC, VMSHIM, tail};
 
 /// Times each runtime is measured; one stream is long enough to be steady.
 const RUNS: usize = 3;
 
 /// `ctr run … cat` with a stream on its standard input.
 pub fn cat(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
-    let rate = |runtime: &str| -> Result<Figure> {
-        let rates = (0..RUNS).map(|run| one(plan, runtime, run)).collect::<Result<Vec<_>>>()?;
+    let mut hung = 0;
+    let mut rate = |runtime: &str| -> Result<Figure> {
+        let mut rates = Vec::new();
+        while rates.len() < RUNS {
+            let id = format!("cat{}-{hung}", rates.len());
+            match one(plan, runtime, &id)? {
+                Some(rate) => rates.push(rate),
+                None => {
+                    hung += 1;
+                    run::clear(plan, &id);
+                    ensure!(hung < MOST_HUNG, "{hung} streams hung: {}", tail(&plan.daemon.log()));
+                }
+            }
+        }
         Figure::of(rates).context("no run")
     };
     let (vmshim, runc) = (rate(VMSHIM)?, rate(RUNC)?);
@@ -27,15 +43,14 @@ pub fn cat(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
         vmshim,
         runc: Some(runc),
         limit: Some(Limit::AtLeast(0.5)),
-        hung: 0,
+        hung,
     });
     Ok(())
 }
 
-/// MB/s between the first byte that comes back and the last.
-fn one(plan: &Plan<'_>, runtime: &str, run: usize) -> Result<f64> {
-    let id = format!("cat{run}");
-    let mut ctr = plan.daemon.ctr(["run", "--rm", "--runtime", runtime, IMAGE, &id, "cat"]);
+/// MB/s between the first byte that comes back and the last; `None` when no more came.
+fn one(plan: &Plan<'_>, runtime: &str, id: &str) -> Result<Option<f64>> {
+    let mut ctr = plan.daemon.ctr(["run", "--rm", "--runtime", runtime, IMAGE, id, "cat"]);
     let mut child = ctr.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
     let (mut stdin, mut stdout) =
         (child.stdin.take().context("stdin")?, child.stdout.take().context("stdout")?);
@@ -50,6 +65,7 @@ fn one(plan: &Plan<'_>, runtime: &str, run: usize) -> Result<f64> {
         }
         Ok(())
     });
+    let watched = Watched::new(Pid::from_raw(child.id().try_into()?), plan.hang);
     let mut buffer = vec![0; 1 << 20];
     let mut received = stdout.read(&mut buffer)? as u64;
     let started = Instant::now();
@@ -59,10 +75,53 @@ fn one(plan: &Plan<'_>, runtime: &str, run: usize) -> Result<f64> {
             break;
         }
         received += length as u64;
+        watched.is_alive();
     }
     let seconds = started.elapsed().as_secs_f64();
-    ensure!(writer.join().is_ok_and(|result| result.is_ok()), "not all could be written");
-    ensure!(child.wait()?.success() && received == bytes, "{received} of {bytes} bytes came back");
-    let megabytes = std::time::Duration::from_micros(bytes).as_secs_f64();
-    Ok(megabytes / seconds)
+    let hung = watched.end();
+    let written = writer.join().is_ok_and(|result| result.is_ok());
+    let status = child.wait()?;
+    if hung {
+        return Ok(None);
+    }
+    ensure!(
+        written && status.success() && received == bytes,
+        "{status}: {received} of {bytes} bytes came back"
+    );
+    let megabytes = Duration::from_micros(bytes).as_secs_f64();
+    Ok(Some(megabytes / seconds))
+}
+
+/// A process that is killed when it shows no sign of life for too long.
+struct Watched {
+    alive: Sender<()>,
+    watcher: JoinHandle<bool>,
+}
+
+impl Watched {
+    fn new(pid: Pid, limit: Duration) -> Self {
+        let (alive, signs) = channel();
+        let watcher = thread::spawn(move || {
+            loop {
+                match signs.recv_timeout(limit) {
+                    Ok(()) => {}
+                    Err(RecvTimeoutError::Disconnected) => return false,
+                    // An error means that it is gone, which is what was wanted.
+                    Err(RecvTimeoutError::Timeout) => return kill(pid, Signal::SIGKILL).is_ok(),
+                }
+            }
+        });
+        Self { alive, watcher }
+    }
+
+    fn is_alive(&self) {
+        // A watcher that has killed the process listens no more.
+        let _ = self.alive.send(());
+    }
+
+    /// Whether the process was killed.
+    fn end(self) -> bool {
+        drop(self.alive);
+        self.watcher.join().unwrap_or(true)
+    }
 }

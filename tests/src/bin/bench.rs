@@ -1,6 +1,7 @@
 //! Runs the benchmark inside the test host; `scripts/bench` is the way to call it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use vmshim_tests::bench::{self, Plan, ROWS, Report};
@@ -10,6 +11,12 @@ const HELP: &str = "\
 Usage: bench --containerd DIR --image TAR --scratch DIR [--mode NAME] [--runs N] [--stream-mib N] [--json FILE] [ROW…]
 Measures vmshim beside runc. Rows: run exec memory stdio size; all where none is named.
 Exit code: 0 when every limit is kept, 1 when one is missed or a measurement failed, 2 on wrong usage.";
+
+/// Ten times what a run takes where time is counted instructions.
+const HANG_COUNTED: Duration = Duration::from_secs(5);
+
+/// And where it is the time on the wall, on which a CPU may be emulated.
+const HANG: Duration = Duration::from_secs(60);
 
 struct Arguments {
     containerd: PathBuf,
@@ -61,6 +68,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let plan = Plan {
         daemon: &daemon,
         runs: arguments.runs,
+        hang: if arguments.mode == "icount" { HANG_COUNTED } else { HANG },
         stream_bytes: arguments.stream_mib << 20,
         prefix: Path::new("/usr/local"),
     };
