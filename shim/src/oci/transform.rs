@@ -53,8 +53,13 @@ const SOCKET: &str = "uds";
 const DEFAULT_PROFILES: [&str; 5] =
     ["", "unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
 
-/// Controllers whose limits name the host's devices, CPUs or network classes.
-const HOST_RESOURCES: [&str; 4] = ["blockIO", "network", "rdma", "intelRdt"];
+/// What limits the host's devices, caches or network classes, and how it is called in errors.
+const HOST_RESOURCES: [(&str, &str); 4] = [
+    ("blockIO", "linux.resources.blockIO"),
+    ("network", "linux.resources.network"),
+    ("rdma", "linux.resources.rdma"),
+    ("intelRdt", "linux.intelRdt"),
+];
 
 /// Where a container is among the others of its guest.
 #[derive(Debug, Clone, Copy)]
@@ -103,7 +108,7 @@ pub fn for_guest(
     spec.linux.namespaces.iter_mut().try_for_each(|namespace| transform_namespace(namespace, place))?;
     // The network is the whole guest's, so a container has none of its own.
     spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
-    transform_resources(spec);
+    transform_resources(spec)?;
     spec.linux.cgroups_path = format!("/{id}");
     spec.linux.devices.retain(is_universal);
     // The host's security modules are not in the guest.
@@ -243,16 +248,37 @@ fn take_apparmor_profile(spec: &mut Spec) -> Result<(), SpecError> {
     }
 }
 
-fn transform_resources(spec: &mut Spec) {
+fn transform_resources(spec: &mut Spec) -> Result<(), SpecError> {
     let resources = &mut spec.linux.resources;
-    for name in HOST_RESOURCES {
-        resources.remove(name);
-        spec.linux.rest.remove(name);
+    for (name, field) in HOST_RESOURCES {
+        let asked = [resources.remove(name), spec.linux.rest.remove(name)];
+        if asked.iter().flatten().any(asks_for_something) {
+            let problem = "limits what is the host's, which processes of a guest do not use".to_owned();
+            return Err(SpecError::Field { field, problem });
+        }
     }
     if let Some(cpu) = resources.get_mut("cpu").and_then(|cpu| cpu.as_object_mut()) {
         for name in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
-            cpu.remove(name);
+            // Kubelets set them for whole nodes; a pod must not fail of it.
+            if cpu.remove(name).as_ref().is_some_and(asks_for_something) {
+                log::warn!(
+                    "linux.resources.cpu.{name} means the host's CPUs and is not applied in the guest"
+                );
+            }
         }
+    }
+    Ok(())
+}
+
+/// Whether a value is more than the absence of one.
+fn asks_for_something(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(value) => *value,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => fields.values().any(asks_for_something),
     }
 }
 
@@ -403,6 +429,23 @@ mod tests {
         assert_eq!(spec["linux"]["resources"], json!({ "cpu": { "quota": 5 }, "pids": { "limit": 3 } }));
         assert_eq!(spec["process"], json!({ "args": ["a"] }));
         assert!(spec.get("hooks").is_none() && spec["linux"].get("mountLabel").is_none());
+    }
+
+    #[test]
+    fn limits_of_what_is_the_hosts_are_refused_by_name() {
+        let spec = |linux: Value| json!({ "process": { "args": ["a"] }, "linux": linux });
+        let refused = [
+            (json!({ "resources": { "blockIO": { "weight": 10 } } }), "linux.resources.blockIO"),
+            (json!({ "resources": { "rdma": { "mlx5_1": { "hcaHandles": 3 } } } }), "linux.resources.rdma"),
+            (json!({ "intelRdt": { "closID": "x" } }), "linux.intelRdt"),
+        ];
+        for (linux, field) in refused {
+            let error = transform_in(spec(linux), Place::Alone).unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+        let nothing =
+            json!({ "resources": { "blockIO": { "weight": 0, "leafWeight": null }, "network": {} } });
+        assert_eq!(transform_in(spec(nothing), Place::Alone).unwrap().0["linux"]["resources"], json!({}));
     }
 
     #[test]
