@@ -80,7 +80,7 @@ async fn run(
     let _ = std::fs::remove_file(socket);
     pod.wind_up().await;
     // Whoever asked for the end is to hear that it has come.
-    if tokio::time::timeout(ANSWERS_LIMIT, server.disconnect()).await.is_err() {
+    if tokio::time::timeout(ANSWERS_LIMIT, server.shutdown()).await.is_err() {
         log::debug!("calls are cut off that were still waiting");
     }
     Ok(())
