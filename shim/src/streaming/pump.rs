@@ -19,6 +19,25 @@ pub struct Held {
     _held: oneshot::Sender<()>,
 }
 
+/// The shim's end of a pipe.
+trait End: Send + 'static {
+    /// Carries bytes between the pipe and a client for as long as there are any. May be dropped at any point, for another
+    /// client to go on.
+    fn carry(&mut self, client: &mut ByteStream) -> impl Future<Output = Carried> + Send;
+}
+
+impl End for Output {
+    fn carry(&mut self, client: &mut ByteStream) -> impl Future<Output = Carried> + Send {
+        client.send_from(self)
+    }
+}
+
+impl End for pipe::Sender {
+    fn carry(&mut self, client: &mut ByteStream) -> impl Future<Output = Carried> + Send {
+        client.receive_into(self)
+    }
+}
+
 /// Sends what comes out of a pipe to the clients of a name, from `first` on. What completes says that all is sent, or that
 /// a client went.
 ///
@@ -30,33 +49,7 @@ pub fn send(
     first: ByteStream,
     pipe: OwnedFd,
 ) -> io::Result<(Held, Closed)> {
-    let mut output = Output::new(pipe::Receiver::from_owned_fd(pipe)?);
-    let (held, mut released) = oneshot::channel();
-    let (open, closed) = Closed::pair();
-    tokio::spawn(async move {
-        let mut client = first;
-        let mut open = Some(open);
-        loop {
-            let carried = tokio::select! {
-                biased;
-                newer = clients.next(&name) => {
-                    client = newer;
-                    continue;
-                }
-                carried = client.send_from(&mut output) => carried,
-            };
-            // Nobody has to wait for what nobody takes.
-            drop(open.take());
-            match carried {
-                Carried::All => return,
-                Carried::ClientGone => match next(&clients, &name, &mut released).await {
-                    Some(newer) => client = newer,
-                    None => return,
-                },
-            }
-        }
-    });
-    Ok((Held { _held: held }, closed))
+    Ok(follow(Output::new(pipe::Receiver::from_owned_fd(pipe)?), clients, name, first))
 }
 
 /// Writes what the clients of a name send to a pipe, until one of them ends the stream.
@@ -64,10 +57,16 @@ pub fn send(
 /// # Errors
 /// When the pipe cannot be put on the event loop.
 pub fn receive(clients: Arc<Waiting>, name: String, first: ByteStream, pipe: OwnedFd) -> io::Result<Held> {
-    let mut pipe = pipe::Sender::from_owned_fd(pipe)?;
-    let (held, mut released) = oneshot::channel();
+    let (held, _) = follow(pipe::Sender::from_owned_fd(pipe)?, clients, name, first);
+    Ok(held)
+}
+
+/// Serves one client after the other in the background.
+fn follow(mut end: impl End, clients: Arc<Waiting>, name: String, first: ByteStream) -> (Held, Closed) {
+    let (held, mut released) = oneshot::channel::<()>();
+    let (open, closed) = Closed::pair();
     tokio::spawn(async move {
-        let mut client = first;
+        let (mut client, mut open) = (first, Some(open));
         loop {
             let carried = tokio::select! {
                 biased;
@@ -75,24 +74,19 @@ pub fn receive(clients: Arc<Waiting>, name: String, first: ByteStream, pipe: Own
                     client = newer;
                     continue;
                 }
-                carried = client.receive_into(&mut pipe) => carried,
+                carried = end.carry(&mut client) => carried,
             };
-            match carried {
-                Carried::All => return,
-                Carried::ClientGone => match next(&clients, &name, &mut released).await {
-                    Some(newer) => client = newer,
-                    None => return,
-                },
+            // Nobody has to wait for what nobody takes.
+            drop(open.take());
+            if carried == Carried::All {
+                return;
             }
+            client = tokio::select! {
+                biased;
+                newer = clients.next(&name) => newer,
+                _ = &mut released => return,
+            };
         }
     });
-    Ok(Held { _held: held })
-}
-
-async fn next(clients: &Waiting, name: &str, released: &mut oneshot::Receiver<()>) -> Option<ByteStream> {
-    tokio::select! {
-        biased;
-        stream = clients.next(name) => Some(stream),
-        _ = released => None,
-    }
+    (Held { _held: held }, closed)
 }
