@@ -103,6 +103,15 @@ impl Streams {
         }
     }
 
+    /// Ends what clients have opened for a process that will not ask for it any more.
+    pub fn renounce(&self, clients: &Waiting) {
+        for address in [&self.stdin, &self.stdout, &self.stderr] {
+            if let Ok(Target::Stream(name)) = Target::parse(address) {
+                drop(clients.take(&name));
+            }
+        }
+    }
+
     /// Opens everything that a process is made with: all but a standard input that is no terminal. Never waits for a
     /// peer, except for a logger that is starting, so it belongs on a thread of its own.
     ///

@@ -122,6 +122,8 @@ impl Streaming for Service {
         }
         let init = StreamInit::parse_from_bytes(&first.value).map_err(|_| StreamError::NoInit)?;
         self.0.check(&init.id)?;
+        // A client names its stream once it has read this. That call is read by the same thread, after this task has gone
+        // on: what the write has woken runs before sockets are looked at again.
         stream.send(&Any { type_url: EMPTY_TYPE.to_owned(), ..Any::default() }).await?;
         let (stream, over) = ByteStream::new(stream);
         self.0.add(init.id, stream);

@@ -12,6 +12,7 @@ use ttrpc::context::Context;
 use vmshim_protocol::containerd::{Data, StreamingClient, WindowUpdate};
 
 use super::*;
+use crate::stdio::Streams;
 
 struct Host {
     waiting: Arc<Waiting>,
@@ -160,6 +161,21 @@ async fn a_client_that_comes_back_takes_the_place_of_the_old_one() {
     pipe::Receiver::from_owned_fd(read).unwrap().read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "new");
     drop(old);
+}
+
+#[tokio::test]
+async fn what_a_process_never_asked_for_ends_with_it() {
+    let host = Host::new().await;
+    let client = host.client().await;
+    let (mut its, _other) = (open(&client, "x-stdin").await, open(&client, "y-stdin").await);
+    let streams = Streams {
+        stdin: "ttrpc+unix:///run/s.sock?streaming_id=x-stdin".to_owned(),
+        stdout: "/run/fifo".to_owned(),
+        ..Streams::default()
+    };
+    streams.renounce(&host.waiting);
+    assert!(its.recv().await.is_err());
+    assert!(host.waiting.take("y-stdin").is_some());
 }
 
 #[tokio::test]

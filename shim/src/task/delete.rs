@@ -153,4 +153,5 @@ async fn settle(pod: &Pod, process: &Process, deadline: Instant) {
         Some(vm) if !process.is_drained() => forget(vm, process, deadline).await,
         _ => drop(process.disconnect()),
     }
+    process.streams.renounce(&pod.streams);
 }
