@@ -130,7 +130,7 @@ fn a_loggers_program_gets_the_output() {
 }
 
 #[test]
-fn output_goes_on_when_its_reader_comes_back() {
+fn a_reader_that_goes_takes_nothing_with_it() {
     let host = host();
     {
         let container = host.background(&[]);
