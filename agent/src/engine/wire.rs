@@ -19,8 +19,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 /// A report is small; longer ones are cut off and so refused.
@@ -208,9 +209,7 @@ impl Document {
 
     /// Reads a document back.
     pub fn read<T: DeserializeOwned>(fd: OwnedFd, what: &str) -> Result<(Plan, T)> {
-        let mut file = File::from(fd);
-        let mut bytes = Vec::new();
-        file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_end(&mut bytes)).doing(|| "read the plan")?;
+        let bytes = contents(&File::from(fd)).doing(|| "read the plan")?;
         let cut_short = || Error::invalid("plan", "is cut short");
         let (length, rest) = bytes.split_first_chunk::<4>().ok_or_else(cut_short)?;
         let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| cut_short())?;
@@ -219,6 +218,15 @@ impl Document {
         let body = serde_json::from_slice(body).map_err(|e| Error::invalid(what, e.to_string()))?;
         Ok((plan, body))
     }
+}
+
+/// All of a sealed file, wherever its offset is: a container's document is one open file in all the engines that add a
+/// process to the container at the same time.
+fn contents(file: &File) -> io::Result<Vec<u8>> {
+    let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 /// Sends a message with descriptors.
@@ -299,16 +307,34 @@ mod tests {
         assert_eq!(body, [1, 2]);
     }
 
-    #[test]
-    fn a_malformed_body_is_named() {
-        let plan = Plan {
+    fn exec() -> Plan {
+        Plan {
             container: "a".into(),
             cgroup: "/".into(),
             terminal: None,
             shared: "/".into(),
             task: Task::Exec { namespaces: 0 },
-        };
-        let fd = Document::write(&plan, b"{").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_document_is_read_by_many_at_a_time() {
+        let file = File::from(Document::write(&exec(), &[b'1'; 5000]).unwrap());
+        let whole = contents(&file).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    // A duplicate, as each engine gets it, has the offset of all others.
+                    let file = file.try_clone().unwrap();
+                    (0..5000).for_each(|_| assert_eq!(contents(&file).unwrap(), whole));
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_malformed_body_is_named() {
+        let fd = Document::write(&exec(), b"{").unwrap();
         let error = Document::read::<Vec<u8>>(fd, "config.json").unwrap_err();
         assert!(error.to_string().starts_with("config.json: "), "{error}");
     }
