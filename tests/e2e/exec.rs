@@ -33,7 +33,8 @@ fn twenty_at_once_each_get_their_own_output() {
         for (number, child) in children.into_iter().enumerate() {
             let output = child.wait_with_output().unwrap();
             let code = i32::try_from(number).unwrap();
-            assert_eq!((stdout(&output), output.status.code()), (format!("{number}\n"), Some(code)));
+            let seen = (stdout(&output), output.status.code());
+            assert_eq!(seen, (format!("{number}\n"), Some(code)), "{}", stderr(&output));
         }
     }
     host.assert_nothing_left();

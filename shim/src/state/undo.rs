@@ -105,9 +105,7 @@ fn unmount(path: &Path) -> io::Result<()> {
 fn remove_cgroup(path: &Path) -> io::Result<()> {
     // Absent on cgroup v1, where the processes have been killed one by one.
     match std::fs::write(path.join("cgroup.kill"), "1") {
-        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
-            return Err(error);
-        }
+        Err(error) if !is_gone(&error) && error.kind() != ErrorKind::PermissionDenied => return Err(error),
         _ => {}
     }
     match std::fs::remove_dir(path) {
@@ -119,17 +117,24 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Whether a file of a cgroup is missing, or was removed with its cgroup after it had been opened: the shim that ends
+/// and the `delete` that follows it undo the same journal, at times together.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
 /// Waits until the last process of a cgroup is gone: one that has been killed is in it until it has exited.
 fn wait_unpopulated(cgroup: &Path) -> io::Result<()> {
     let until = Instant::now() + UNPOPULATED_LIMIT;
     loop {
-        let mut file = match std::fs::File::open(cgroup.join("cgroup.events")) {
+        let mut events = String::new();
+        let opened = std::fs::File::open(cgroup.join("cgroup.events"))
+            .and_then(|mut file| file.read_to_string(&mut events).map(|_| file));
+        let file = match opened {
             // Version 1 has none, and killed processes have been waited for.
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) if is_gone(&error) => return Ok(()),
             file => file?,
         };
-        let mut events = String::new();
-        file.read_to_string(&mut events)?;
         let left = until.saturating_duration_since(Instant::now());
         if events.lines().any(|line| line == "populated 0") || left.is_zero() {
             return Ok(());
@@ -256,6 +261,13 @@ mod tests {
         }
         undo(&pod).unwrap();
         assert!(left.bundle.join("mark").exists() && !ended.bundle.join("mark").exists());
+    }
+
+    #[test]
+    fn a_cgroup_that_goes_while_its_file_is_open_is_gone() {
+        assert!(is_gone(&io::Error::from_raw_os_error(libc::ENODEV)));
+        assert!(is_gone(&io::Error::from_raw_os_error(libc::ENOENT)));
+        assert!(!is_gone(&io::Error::from_raw_os_error(libc::EBUSY)));
     }
 
     #[test]
