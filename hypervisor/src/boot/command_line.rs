@@ -20,8 +20,10 @@ const CAPACITY: usize = 2048;
 /// * `tsc=reliable no_timer_check`: there is neither a timer to calibrate against nor one to check.
 /// * `cryptomgr.notests`: the same code passed its self-tests when the kernel was built.
 /// * `8250.nr_uarts=1`: one serial port, no probing for more.
+/// * `retain_initrd`: the kernel fills an initramfs that it frees with a pattern, which turns every page of it from one
+///   that all guests of the host share into this guest's own.
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 maxcpus=1 random.trust_cpu=on tsc=reliable no_timer_check \
-    cryptomgr.notests 8250.nr_uarts=1";
+    cryptomgr.notests 8250.nr_uarts=1 retain_initrd";
 
 /// Why a command line cannot be given to the kernel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
