@@ -146,11 +146,13 @@ fn files_are_carried_in_and_out() {
         header.set_mode(0o640);
         header.set_size(MANY as u64);
         archive.append_data(&mut header, "sub/file", pattern().as_slice()).unwrap();
-        shim.import(&container.id, "/tmp", &archive.into_inner().unwrap()).await.unwrap();
-        let seen = container.exec("look", &["sh", "-c", "stat -c '%a %u %s' /tmp/sub/file"]);
-        assert_eq!(stdout(&seen), format!("640 0 {MANY}\n"));
+        // The directory is made where there is none.
+        shim.import(&container.id, "/tmp/new/one", &archive.into_inner().unwrap()).await.unwrap();
+        let seen = container
+            .exec("look", &["sh", "-c", "cd /tmp/new; stat -c '%a %u' one; stat -c '%a %u %s' one/sub/file"]);
+        assert_eq!(stdout(&seen), format!("755 0\n640 0 {MANY}\n"));
 
-        let tar = shim.export(&container.id, "/tmp/sub").await.unwrap();
+        let tar = shim.export(&container.id, "/tmp/new/one/sub").await.unwrap();
         let mut archive = tar::Archive::new(tar.as_slice());
         let mut found = BTreeMap::new();
         for entry in archive.entries().unwrap() {

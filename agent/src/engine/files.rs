@@ -10,14 +10,17 @@ use super::{Descriptors, become_root};
 use crate::sys::process::join_namespaces;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 /// A stream is read and written in pieces of this.
 const PIECE: usize = 64 * 1024;
+
+/// Permissions of directories that are made.
+const MODE: u32 = 0o755;
 
 /// Carries files between the stream and a path of the container.
 pub fn carry(namespaces: i32, path: &Path, direction: Direction, mut fds: Descriptors) -> Result<()> {
@@ -51,16 +54,23 @@ fn blocking(stream: OwnedFd) -> io::Result<File> {
 }
 
 fn unpack(mut stream: impl Read, path: &Path, preserve_ownership: bool) -> Result<()> {
-    let is_directory = fs::metadata(path).map_err(|error| not_there(path, error))?.is_dir();
-    if !is_directory {
-        return Err(Error::invalid(path.display().to_string(), "is not a directory to unpack to"));
-    }
+    make_directory(path)?;
     let mut archive = tar::Archive::new(&mut stream);
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(preserve_ownership);
     archive.unpack(path).doing(|| format!("unpack to {}", path.display()))?;
     // What follows the archive's end is read as well, or its sender could not tell that all has arrived.
     io::copy(&mut stream, &mut io::sink()).doing(|| "read the stream of files").map(drop)
+}
+
+/// Makes a directory and those above it, where they are missing.
+fn make_directory(path: &Path) -> Result<()> {
+    match DirBuilder::new().recursive(true).mode(MODE).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::invalid(path.display().to_string(), "is not a directory to unpack to"))
+        }
+        made => made.doing(|| format!("make the directory {}", path.display())),
+    }
 }
 
 fn pack(stream: impl Write, path: &Path, walk: bool) -> Result<()> {
@@ -174,10 +184,25 @@ mod tests {
         let missing = directory.path().join("missing");
         let message = pack(io::sink(), &missing, true).unwrap_err().to_string();
         assert!(message.ends_with("missing does not exist in the container"), "{message}");
-        assert!(unpack(io::empty(), &missing, false).is_err());
         fs::write(&missing, b"").unwrap();
-        let message = unpack(io::empty(), &missing, false).unwrap_err().to_string();
-        assert!(message.ends_with("is not a directory to unpack to"), "{message}");
+        for path in [&missing, &missing.join("below")] {
+            let message = unpack(io::empty(), path, false).unwrap_err().to_string();
+            assert!(message.contains("directory"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_directory_to_unpack_to_is_made_where_it_is_missing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut archive = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(1);
+        archive.append_data(&mut header, "file", &b"x"[..]).unwrap();
+        let stream = archive.into_inner().unwrap();
+        for _ in ["missing", "there"] {
+            unpack(stream.as_slice(), &directory.path().join("a/b"), false).unwrap();
+        }
+        assert_eq!(fs::read(directory.path().join("a/b/file")).unwrap(), b"x");
     }
 
     #[test]
