@@ -1,6 +1,7 @@
 //! `ctr task exec`.
 
 use std::process::Stdio;
+use std::time::SystemTime;
 
 use crate::fixture::{host, stderr, stdout, succeeded};
 
@@ -57,4 +58,15 @@ fn a_background_child_that_keeps_stdout_does_not_hold_the_exit_back() {
     // ctr itself waits for the end of its output, so the child lets go of it after a while.
     let output = container.exec("bg", &["sh", "-c", "sleep 2 & echo parent; exit 5"]);
     assert_eq!((stdout(&output), output.status.code()), ("parent\n".into(), Some(5)));
+}
+
+#[test]
+fn the_time_of_day_is_the_hosts() {
+    let host = host();
+    let container = host.background(&[]);
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let before = now();
+    let seen: u64 = succeeded(&container.exec("x", &["date", "+%s"])).trim().parse().unwrap();
+    // The guest's clock may be a little off while it is made to catch up.
+    assert!((before - 1..=now() + 1).contains(&seen), "{seen} is not from {before} to {}", now());
 }

@@ -8,6 +8,7 @@ mod cpus;
 mod mounts;
 mod network;
 
+use crate::clock::HostClock;
 use crate::containers::{Containers, Places};
 use crate::events::Events;
 use crate::link::{self, Host, Stream};
@@ -67,12 +68,13 @@ pub fn run() -> anyhow::Result<()> {
     log::open();
     log::say_panics();
     mounts::settle();
+    let clock = HostClock::find().inspect(HostClock::apply);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the event loop")?;
-    runtime.block_on(serve(agent, log_stream.ok()))
+    runtime.block_on(serve(agent, log_stream.ok(), clock))
 }
 
-async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>) -> anyhow::Result<()> {
+async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>, clock: Option<HostClock>) -> anyhow::Result<()> {
     let reaper = Arc::new(Reaper::default());
     let events = Arc::new(Events::default());
     let containers = Arc::new(Containers::new(places(), reaper.clone(), events, Box::new(Host)));
@@ -85,6 +87,9 @@ async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>) -> anyhow::Result<()
         }
     });
     tokio::spawn(accept(connections.clone()));
+    if let Some(clock) = clock {
+        tokio::spawn(clock.follow());
+    }
     let stream = Host::finish(agent).await.context("dial the host")?;
     let end = connections.add(stream);
     if let Some(socket) = log_stream {
