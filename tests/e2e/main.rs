@@ -27,3 +27,4 @@ mod stdio;
 mod terminal;
 mod transfer;
 mod verbs;
+mod volumes;

@@ -175,6 +175,9 @@ fn bind_of_host(mount: &mut Mount, bundle: &Path, index: usize) -> Result<Option
         return Ok(None);
     }
     let has = |name: &str| mount.options.iter().any(|option| option == name);
+    if has("shared") || has("rshared") {
+        log::warn!("what is mounted in {} will not be seen by the host: it is in a guest", mount.destination);
+    }
     let bind = HostBind {
         source: bundle.join(&mount.source),
         name: index.to_string(),

@@ -23,59 +23,63 @@ pub struct Attributes {
     pub recursive: bool,
 }
 
-/// Bind-mounts `source` on `target`. Neither device nodes nor set-uid bits of what is shared with a guest mean
-/// anything to the host.
-pub fn bind(
-    source: &Path,
-    target: &Path,
-    recursive: bool,
-    attributes: Attributes,
-) -> Result<(), StorageError> {
-    let mut flags = MsFlags::MS_BIND;
-    if recursive {
-        flags |= MsFlags::MS_REC;
+/// A bind mount to be made.
+#[derive(Debug, Default)]
+pub struct Bind<'a> {
+    /// With everything mounted below the source.
+    pub recursive: bool,
+    /// What may not be done through it.
+    pub attributes: Attributes,
+    /// Other owners than the source's.
+    pub id_map: Option<&'a IdMap>,
+}
+
+impl Bind<'_> {
+    /// Bind-mounts `source` on `target`. Neither device nodes nor set-uid bits of what is shared with a guest mean
+    /// anything to the host.
+    ///
+    /// # Errors
+    /// Nothing stays mounted.
+    pub fn make(&self, source: &Path, target: &Path) -> Result<(), StorageError> {
+        let failed = |path: &Path, source| StorageError::Mount { path: path.to_owned(), source };
+        let tree = clone_tree(source, self.recursive).map_err(|error| failed(source, error))?;
+        self.isolate(&tree).map_err(|error| failed(target, error))?;
+        if let Some(map) = self.id_map {
+            let mapped = map.namespace().and_then(|namespace| map_owners(&tree, &namespace, self.recursive));
+            mapped.map_err(|error| StorageError::IdMap { path: source.to_owned(), source: error })?;
+        }
+        attach(&tree, target).map_err(|error| failed(target, error))
     }
-    let failed = |source| StorageError::Mount { path: target.to_owned(), source };
-    mount(Some(source), target, None, flags, None).map_err(failed)?;
-    let restricted = Attributes { recursive: recursive && attributes.recursive, ..attributes };
-    restrict(target, Attributes { recursive, ..Attributes::default() })
-        .and_then(|()| restrict(target, restricted))
-        .map_err(|error| {
-            let _ = detach(target);
-            failed(error)
-        })
+
+    /// A copy of a shared mount is its peer: were it detached as such, all that is mounted below the source would be
+    /// unmounted on the host. As a slave, also where the container asked for a private one, it still lets go of what
+    /// the host unmounts, which could not remove the directory otherwise.
+    fn isolate(&self, tree: &OwnedFd) -> io::Result<()> {
+        let attr_set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+        let request = libc::mount_attr { attr_set, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+        set(tree, request, self.recursive)?;
+        let mut attr_set = 0;
+        if self.attributes.read_only {
+            attr_set |= libc::MOUNT_ATTR_RDONLY;
+        }
+        if self.attributes.no_exec {
+            attr_set |= libc::MOUNT_ATTR_NOEXEC;
+        }
+        let request = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+        set(tree, request, self.recursive && self.attributes.recursive)
+    }
 }
 
-/// Bind-mounts `source` on `target` with other owners.
-pub fn bind_mapped(
-    source: &Path,
-    target: &Path,
-    recursive: bool,
-    attributes: Attributes,
-    map: &IdMap,
-) -> Result<(), StorageError> {
-    let failed = |source| StorageError::Mount { path: target.to_owned(), source };
-    let mapped = clone_tree(source, recursive).and_then(|tree| {
-        map_owners(&tree, map.namespace()?, recursive)?;
-        Ok(tree)
-    });
-    let mapped = mapped.map_err(|error| StorageError::IdMap { path: source.to_owned(), source: error })?;
-    attach(&mapped, target).map_err(failed)?;
-    let restricted = Attributes { recursive: recursive && attributes.recursive, ..attributes };
-    restrict(target, Attributes { recursive, ..Attributes::default() })
-        .and_then(|()| restrict(target, restricted))
-        .map_err(|error| {
-            let _ = detach(target);
-            failed(error)
-        })
-}
-
-fn map_owners(tree: &OwnedFd, namespace: OwnedFd, recursive: bool) -> io::Result<()> {
+fn map_owners(tree: &OwnedFd, namespace: &OwnedFd, recursive: bool) -> io::Result<()> {
     let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
-    let request =
-        libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+    let attr_set = libc::MOUNT_ATTR_IDMAP;
+    set(tree, libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd }, recursive)
+}
+
+/// Changes a mount, with everything mounted below where `recursive`.
+fn set(tree: &OwnedFd, request: libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: both descriptors are open, and the request is a mount_attr of the size given, alive during the call.
+    // SAFETY: the descriptor is open, and the request is a mount_attr of the size given, alive during the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -137,32 +141,6 @@ pub fn detach(target: &Path) -> io::Result<()> {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
-}
-
-/// Adds attributes and takes none away.
-fn restrict(target: &Path, attributes: Attributes) -> io::Result<()> {
-    let mut wanted = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    if attributes.read_only {
-        wanted |= libc::MOUNT_ATTR_RDONLY;
-    }
-    if attributes.no_exec {
-        wanted |= libc::MOUNT_ATTR_NOEXEC;
-    }
-    let request = libc::mount_attr { attr_set: wanted, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let flags = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
-    let path = CString::new(target.as_os_str().as_bytes())?;
-    // SAFETY: the path is a C string and the request a mount_attr of the size given, both alive during the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags,
-            &raw const request,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    Errno::result(result).map(drop).map_err(Into::into)
 }
 
 /// Runs `action` on a thread that has a working directory of its own, `directory`.

@@ -8,7 +8,7 @@ use nix::mount::MsFlags;
 use super::disk::{Disk, DiskRequest};
 use super::host_layers::{self, Changes};
 use super::layers::{self, Directory, Layers, Upper};
-use super::mount::{Attributes, bind, in_directory, mount};
+use super::mount::{Attributes, Bind, in_directory, mount};
 use super::{StorageError, overlay};
 
 /// One mount of a CreateTaskRequest, understood.
@@ -117,7 +117,7 @@ impl MountRequest {
             Self::Overlay { options, read_only } => mount_overlay(&options, read_only, target),
             Self::Bind { source, recursive, read_only } => {
                 let attributes = Attributes { read_only, ..Attributes::default() };
-                bind(&source, target, recursive, attributes)?;
+                Bind { recursive, attributes, ..Bind::default() }.make(&source, target)?;
                 Ok(Rootfs::Shared)
             }
             Self::Disk(disk) => disk.open().map(Rootfs::Disk),

@@ -4,7 +4,7 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::mount::{Attributes, bind, bind_mapped, detach};
+use super::mount::{Attributes, Bind, detach};
 use super::{MountRequest, Rootfs, StorageError};
 use crate::ids::Name;
 use crate::oci::HostBind;
@@ -64,10 +64,8 @@ impl Staging {
             no_exec: request.no_exec,
             recursive: request.recursive_read_only,
         };
-        match &request.id_map {
-            None => bind(source, &target, request.recursive, attributes)?,
-            Some(map) => bind_mapped(source, &target, request.recursive, attributes, map)?,
-        }
+        let bind = Bind { recursive: request.recursive, attributes, id_map: request.id_map.as_ref() };
+        bind.make(source, &target)?;
         self.mounted.push(target);
         Ok(())
     }
