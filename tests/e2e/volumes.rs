@@ -61,6 +61,22 @@ fn the_end_of_a_container_unmounts_nothing_of_the_hosts() {
 }
 
 #[test]
+fn read_only_is_a_volume_and_not_what_is_mounted_below_unless_it_is_asked_for() {
+    let host = host();
+    {
+        let volume = Volume::new();
+        volume.mount_below();
+        let line = "touch /data/x; touch /data/below/x; ls /data /data/below";
+        let output = host.sh(&["--mount", &volume.argument("ro")], line);
+        assert_eq!(succeeded(&output), "/data:\nbelow\n\n/data/below:\nfile\nx\n");
+        let output = host
+            .sh(&["--mount", &volume.argument("rro")], "touch /data/y; touch /data/below/y; ls /data/below");
+        assert_eq!(succeeded(&output), "file\nx\n");
+    }
+    host.assert_nothing_left();
+}
+
+#[test]
 fn what_the_host_mounts_later_is_seen() {
     let host = host();
     {

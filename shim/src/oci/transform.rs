@@ -101,7 +101,7 @@ pub fn for_guest(
             continue;
         }
         if let Some(bind) = bind_of_host(mount, bundle, binds.len())? {
-            mount.source = format!("{SOURCE_PREFIX}{id}/mounts/{}", bind.name);
+            mount.source = shared_source(id, &bind.name);
             binds.push(bind);
         }
     }
@@ -117,6 +117,22 @@ pub fn for_guest(
     spec.linux.rest.remove("mountLabel");
     let hooks = Hooks::take(&mut spec.hooks)?;
     Ok(HostParts { binds, sockets, hooks })
+}
+
+/// Leaves it to the host that a volume is read-only. For the guest it is one mount with all that is mounted below, which
+/// may be writable.
+pub fn leave_read_only_to_host(spec: &mut Spec, id: &Name, volumes: &[String]) {
+    for name in volumes {
+        let source = shared_source(id, name);
+        for mount in spec.mounts.iter_mut().filter(|mount| mount.source == source) {
+            mount.options.retain(|option| option != "ro");
+        }
+    }
+}
+
+/// How the agent is told of a volume.
+fn shared_source(id: &Name, name: &str) -> String {
+    format!("{SOURCE_PREFIX}{id}/mounts/{name}")
 }
 
 /// What is at `/dev/shm`. It cannot be shared with the host's processes, but with the pod's containers.
@@ -358,6 +374,20 @@ mod tests {
                 },
             ]
         );
+    }
+
+    #[test]
+    fn a_volume_that_is_read_only_in_part_is_so_by_the_host_alone() {
+        let mount = |to: &str| json!({ "destination": to, "type": "bind", "source": "/s", "options": ["rbind", "ro"] });
+        let mut spec =
+            Spec::parse(with_mounts(json!([mount("/a"), mount("/b")])).to_string().as_bytes()).unwrap();
+        let id = Name::new("c1").unwrap();
+        let parts = for_guest(&mut spec, Path::new("/bundle"), &id, Place::Alone).unwrap();
+        assert!(parts.binds.iter().all(|bind| bind.read_only));
+        leave_read_only_to_host(&mut spec, &id, &["1".to_owned()]);
+        let spec = serde_json::to_value(spec).unwrap();
+        assert_eq!(spec["mounts"][0]["options"], json!(["rbind", "ro"]));
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind"]));
     }
 
     #[test]

@@ -35,12 +35,12 @@ pub struct Bind<'a> {
 }
 
 impl Bind<'_> {
-    /// Bind-mounts `source` on `target`. Neither device nodes nor set-uid bits of what is shared with a guest mean
-    /// anything to the host.
+    /// Bind-mounts `source` on `target` and returns the mount. Neither device nodes nor set-uid bits of what is shared
+    /// with a guest mean anything to the host.
     ///
     /// # Errors
     /// Nothing stays mounted.
-    pub fn make(&self, source: &Path, target: &Path) -> Result<(), StorageError> {
+    pub fn make(&self, source: &Path, target: &Path) -> Result<OwnedFd, StorageError> {
         let failed = |path: &Path, source| StorageError::Mount { path: path.to_owned(), source };
         let tree = clone_tree(source, self.recursive).map_err(|error| failed(source, error))?;
         self.isolate(&tree).map_err(|error| failed(target, error))?;
@@ -48,7 +48,8 @@ impl Bind<'_> {
             let mapped = map.namespace().and_then(|namespace| map_owners(&tree, &namespace, self.recursive));
             mapped.map_err(|error| StorageError::IdMap { path: source.to_owned(), source: error })?;
         }
-        attach(&tree, target).map_err(|error| failed(target, error))
+        attach(&tree, target).map_err(|error| failed(target, error))?;
+        Ok(tree)
     }
 
     /// A copy of a shared mount is its peer: were it detached as such, all that is mounted below the source would be
@@ -104,6 +105,16 @@ pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::Error::from(Errno::EBADF))?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether anything is mounted directly below a mount.
+pub fn has_mounts_below(mount: &OwnedFd) -> io::Result<bool> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", mount.as_raw_fd()))?;
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim);
+    let id = id.ok_or_else(|| io::Error::other("the kernel tells no mount's number"))?;
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    // Its own number and its parent's come first.
+    Ok(table.lines().any(|line| line.split(' ').nth(1) == Some(id)))
 }
 
 /// Gives a mount without a place one.

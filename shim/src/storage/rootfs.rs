@@ -117,7 +117,7 @@ impl MountRequest {
             Self::Overlay { options, read_only } => mount_overlay(&options, read_only, target),
             Self::Bind { source, recursive, read_only } => {
                 let attributes = Attributes { read_only, ..Attributes::default() };
-                Bind { recursive, attributes, ..Bind::default() }.make(&source, target)?;
+                Bind { recursive, attributes, ..Bind::default() }.make(&source, target).map(drop)?;
                 Ok(Rootfs::Shared)
             }
             Self::Disk(disk) => disk.open().map(Rootfs::Disk),

@@ -4,7 +4,7 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::mount::{Attributes, Bind, detach};
+use super::mount::{Attributes, Bind, detach, has_mounts_below};
 use super::{MountRequest, Rootfs, StorageError};
 use crate::ids::Name;
 use crate::oci::HostBind;
@@ -15,12 +15,23 @@ pub struct Staging {
     directory: PathBuf,
     mounted: Vec<PathBuf>,
     made: Vec<PathBuf>,
+    partly_read_only: Vec<String>,
 }
 
 impl Staging {
     /// The container's part of `shared`; nothing is made yet.
     pub fn new(shared: &Path, id: &Name) -> Self {
-        Self { directory: shared.join(id.as_str()), mounted: Vec::new(), made: Vec::new() }
+        Self {
+            directory: shared.join(id.as_str()),
+            mounted: Vec::new(),
+            made: Vec::new(),
+            partly_read_only: Vec::new(),
+        }
+    }
+
+    /// The names of read-only volumes that have other mounts below, which are not.
+    pub fn partly_read_only(&self) -> &[String] {
+        &self.partly_read_only
     }
 
     /// Makes the root file system and stages the volumes. `root` is the directory to use where containerd gave no
@@ -64,9 +75,16 @@ impl Staging {
             no_exec: request.no_exec,
             recursive: request.recursive_read_only,
         };
-        let bind = Bind { recursive: request.recursive, attributes, id_map: request.id_map.as_ref() };
-        bind.make(source, &target)?;
-        self.mounted.push(target);
+        let recursive = request.recursive;
+        let bind = Bind { recursive, attributes, id_map: request.id_map.as_ref() };
+        let mount = bind.make(source, &target)?;
+        self.mounted.push(target.clone());
+        if recursive && attributes.read_only && !attributes.recursive && kind.is_dir() {
+            let below = has_mounts_below(&mount);
+            if below.map_err(|source| StorageError::Mount { path: target, source })? {
+                self.partly_read_only.push(request.name.clone());
+            }
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use super::rootfs::Plan;
 use super::streams::{connect, forget};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{HostParts, Place, Spec, for_guest};
+use crate::oci::{HostParts, Place, Spec, for_guest, leave_read_only_to_host};
 use crate::sandbox;
 use crate::stdio::{Owner, Streams};
 use crate::storage::{MountRequest, SocketOwner, Staging};
@@ -99,7 +99,6 @@ async fn build(
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
-    let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
 
     vm.is_rooted(deadline).await?;
     let mut staging = Staging::new(&pod.dir.shared(), &container.id);
@@ -114,6 +113,7 @@ async fn build(
     })
     .await?;
     log::debug!("storage and stdio of container {} are ready", container.id);
+    leave_read_only_to_host(&mut spec, &container.id, staging.partly_read_only());
     let planned = rootfs.and_then(|(rootfs, owners)| {
         let (plan, slots) = Plan::new(rootfs, &container.id, &pod.slots)?;
         Ok((plan, slots, owners))
@@ -128,6 +128,7 @@ async fn build(
     container.set_storage(HostStorage { staging, slots });
     let rootfs = plan.attach(vm, deadline).await?;
 
+    let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
     let opened = opened.transpose()?.unwrap_or_default();
     let stdio = connect(vm, &container.init, opened, deadline).await?;
     let request = api::CreateContainerRequest {
