@@ -3,8 +3,6 @@
 //! It mounts the directory, dials the host's port `AGENT_PORT`, says `ready`, and takes commands, one line each,
 //! answered by one line each.
 
-#[path = "shared/measure.rs"]
-mod measure;
 #[path = "shared/scenarios.rs"]
 mod scenarios;
 
@@ -87,7 +85,6 @@ fn obey(words: &[&str], held: &mut Vec<File>) -> Result<String> {
         ["drop"] => held.clear(),
         ["count", name] => return Ok(fs::read_dir(path(name))?.count().to_string()),
         ["scenario", name, directory] => scenarios::run(name, &path(directory))?,
-        ["measure", name, directory] => return measure::run(name, &path(directory)),
         _ => return Err("unknown command".into()),
     }
     Ok("done".into())

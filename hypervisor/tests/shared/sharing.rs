@@ -107,15 +107,3 @@ fn what_is_mounted_while_the_guest_runs_appears_and_goes() {
     rig.tell("mount");
     rig.tell("write c1/mounts/v/a text");
 }
-
-#[test]
-#[ignore = "needs KVM"]
-fn rates() {
-    let mut rig = Rig::start();
-    for place in ["c1/rootfs", "c1/mounts/v"] {
-        for what in ["write", "read", "cached-read", "random-read", "random-write", "create", "stat", "open"]
-        {
-            println!("{place} {what}: {}", rig.tell(&format!("measure {what} {place}")));
-        }
-    }
-}
