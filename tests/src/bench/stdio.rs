@@ -86,7 +86,7 @@ fn one(plan: &Plan<'_>, runtime: &str, id: &str) -> Result<Option<f64>> {
     }
     ensure!(
         written && status.success() && received == bytes,
-        "{status}: {received} of {bytes} bytes came back"
+        "{runtime}: {status}: {received} of {bytes} bytes came back"
     );
     let megabytes = Duration::from_micros(bytes).as_secs_f64();
     Ok(Some(megabytes / seconds))
