@@ -176,7 +176,7 @@ def main():
                 elif not ready and now - started > 180 * a.slow:
                     code = trouble(124, "it did not come up")
                 elif ready and now - beat > 120 * a.slow:
-                    code = trouble(124, "it stopped responding")
+                    code = trouble(125, "it stopped responding")
     finally:
         if saved:
             termios.tcsetattr(0, termios.TCSADRAIN, saved)
