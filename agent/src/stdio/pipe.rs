@@ -2,6 +2,7 @@
 
 use super::CHUNK;
 use crate::link::Stream;
+use crate::log;
 use crate::sys::pipe::splice;
 use crate::sys::register;
 use nix::fcntl::OFlag;
@@ -11,6 +12,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::coop::consume_budget;
+
+/// The most that one turn moves to a stream. The kernel copies it into one packet, for which it wants contiguous memory:
+/// so much comes from eight pages in a row, which it frees if need be; for more it would rather fail with ENOMEM, and
+/// output would be lost.
+const PACKET: usize = 28 * 1024;
 
 /// Stream to pipe. The host's half-close is the pipe's end.
 pub fn serve_input(stream: Stream, pipe: OwnedFd) -> io::Result<()> {
@@ -33,7 +39,10 @@ pub fn serve_output(pipe: OwnedFd, stream: Stream) -> io::Result<()> {
         match copy_output(&pipe, &stream).await {
             Ok(()) => drop(stream.finish_writing()),
             // The host has let go of the stream. The process must not die of it: its words go nowhere.
-            Err(_) => {
+            Err(error) => {
+                if !is_end(&error) {
+                    log::error(&format!("the rest of a process's output is lost: {error}"));
+                }
                 drop(stream);
                 let _ = discard(&pipe).await;
             }
@@ -62,7 +71,7 @@ async fn copy_input(stream: &Stream, pipe: &AsyncFd<OwnedFd>) -> io::Result<()> 
 
 async fn copy_output(pipe: &AsyncFd<OwnedFd>, stream: &Stream) -> io::Result<()> {
     loop {
-        match splice(pipe.get_ref().as_fd(), stream.as_fd(), CHUNK) {
+        match splice(pipe.get_ref().as_fd(), stream.as_fd(), PACKET) {
             Ok(0) => return Ok(()),
             Ok(_) => consume_budget().await,
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
@@ -75,6 +84,12 @@ async fn copy_output(pipe: &AsyncFd<OwnedFd>, stream: &Stream) -> io::Result<()>
             }
         }
     }
+}
+
+/// Whether a stream is no more because its other side wants no more.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }
 
 async fn discard(pipe: &AsyncFd<OwnedFd>) -> io::Result<()> {
