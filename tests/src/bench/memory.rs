@@ -1,7 +1,7 @@
 //! What an idle container costs the host.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -12,8 +12,11 @@ use crate::containerd::VMSHIM;
 /// Private memory of the VMM and of the shim, and what is resident of the guest's RAM.
 pub fn idle(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
     let (id, hung) = run::sleeper(plan, VMSHIM, "idle")?;
-    let shim = usage("containerd-shim-vmshim-v2")?;
-    let vmm = usage("vmshim-vmm")?;
+    let shim = process("the shim", |process| {
+        runs(process, "containerd-shim-vmshim-v2") && has_argument(process, &id)
+    })?;
+    let vmm = process("its VMM", |process| runs(process, "vmshim-vmm") && is_child_of(process, &shim))?;
+    let (shim, vmm) = (usage(&shim)?, usage(&vmm)?);
     run::clear(plan, &id);
     let rows = [
         ("VMM, private besides guest RAM", vmm.private - vmm.guest_private, 3.0),
@@ -39,17 +42,30 @@ struct Usage {
     guest_resident: f64,
 }
 
-fn usage(program: &str) -> Result<Usage> {
-    let process = process(program).with_context(|| format!("no process of {program}"))?;
+fn usage(process: &Path) -> Result<Usage> {
     Ok(parse(&fs::read_to_string(process.join("smaps"))?))
 }
 
-fn process(program: &str) -> Option<PathBuf> {
-    let entries = fs::read_dir("/proc").ok()?;
-    entries
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| fs::read_link(path.join("exe")).is_ok_and(|exe| exe.to_string_lossy().contains(program)))
+/// The one that is meant: beside it there may be those of a container that hung.
+fn process(name: &str, is_it: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+    let entries = fs::read_dir("/proc")?;
+    let found = entries.flatten().map(|entry| entry.path()).find(|path| is_it(path));
+    found.with_context(|| format!("no process is {name}"))
+}
+
+fn runs(process: &Path, program: &str) -> bool {
+    fs::read_link(process.join("exe")).is_ok_and(|exe| exe.to_string_lossy().contains(program))
+}
+
+fn has_argument(process: &Path, argument: &str) -> bool {
+    let line = fs::read(process.join("cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes())
+}
+
+fn is_child_of(process: &Path, parent: &Path) -> bool {
+    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+    let id = status.lines().find_map(|line| line.strip_prefix("PPid:")).map(str::trim);
+    id.is_some_and(|id| parent.ends_with(id))
 }
 
 /// Adds up `/proc/PID/smaps`. The guest's RAM is found by the kernel, which is mapped 16 MiB from its start: from there
