@@ -124,7 +124,7 @@ fn an_agent_that_never_calls_back() {
     silent_initramfs(&initramfs);
     let text = refused_by(
         &host,
-        &format!("[hypervisor]\ninitramfs = \"{}\"\nboot_timeout_seconds = 8\n", initramfs.display()),
+        &format!("[hypervisor]\nroot_image = \"{}\"\nboot_timeout_seconds = 8\n", initramfs.display()),
     );
     assert_says(&text, &["boot_timeout_seconds"]);
 }

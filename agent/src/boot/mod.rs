@@ -16,6 +16,7 @@ use crate::reaper::{self, Reaper};
 use crate::server::{self, Connections, Service};
 use crate::{log, power};
 use anyhow::Context;
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -60,7 +61,7 @@ impl Readiness {
 }
 
 /// Runs as the guest's first process. Comes back only with the reason why it cannot.
-pub fn run() -> anyhow::Result<()> {
+pub fn run() -> anyhow::Result<Infallible> {
     let agent = Host::begin(AGENT_PORT).context("dial the host")?;
     let log_stream = Host::begin(LOG_PORT);
     reaper::block_signal().context("block SIGCHLD")?;
@@ -74,7 +75,11 @@ pub fn run() -> anyhow::Result<()> {
     runtime.block_on(serve(agent, log_stream.ok(), clock))
 }
 
-async fn serve(agent: OwnedFd, log_stream: Option<OwnedFd>, clock: Option<HostClock>) -> anyhow::Result<()> {
+async fn serve(
+    agent: OwnedFd,
+    log_stream: Option<OwnedFd>,
+    clock: Option<HostClock>,
+) -> anyhow::Result<Infallible> {
     let reaper = Arc::new(Reaper::default());
     let events = Arc::new(Events::default());
     let containers = Arc::new(Containers::new(places(), reaper.clone(), events, Box::new(Host)));

@@ -57,7 +57,6 @@ const SYSCTLS: &[(&str, &str)] = &[
 
 /// Mounts everything that no request can do without.
 pub fn essential() -> anyhow::Result<()> {
-    leave_initramfs_root().context("move the root")?;
     for (kind, place, flags, data) in ESSENTIAL {
         let doing = || format!("mount {kind} at {place}");
         make_directory(place).with_context(doing)?;
@@ -83,9 +82,6 @@ pub fn settle() {
     complain("oom_score_adj", fs::write("/proc/self/oom_score_adj", "-1000"));
     complain("hostname", nix::unistd::sethostname("vmshim").map_err(io::Error::from));
     complain("RLIMIT_NOFILE", setrlimit(Resource::RLIMIT_NOFILE, 1 << 20, 1 << 20).map_err(io::Error::from));
-    // Everything in the initial root is made; from here on nobody may change the agent's program.
-    let frozen = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-    complain("root", mount(None::<&str>, "/", None::<&str>, frozen, None::<&str>).map_err(io::Error::from));
 }
 
 fn complain(what: &str, result: io::Result<()>) {
@@ -108,25 +104,6 @@ pub fn shared(place: &Path) -> io::Result<()> {
     };
     let place = crate::engine::rootfs::mounts::open_location(place)?;
     attach(mount.as_fd(), place.as_fd())
-}
-
-/// The kernel's first root cannot be pivoted away from, so containers would have no way out of it. A bind mount of it,
-/// moved on top of itself, can. The one below becomes read-only: it is where the agent's program is run from.
-fn leave_initramfs_root() -> io::Result<()> {
-    for (_, place, ..) in ESSENTIAL {
-        if place.matches('/').count() == 1 {
-            make_directory(place)?;
-        }
-    }
-    let stage = "/run";
-    mount(Some("/"), stage, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    let below = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-    mount(None::<&str>, "/", None::<&str>, below, None::<&str>)?;
-    nix::unistd::chdir(stage)?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
-    nix::unistd::chroot(".")?;
-    nix::unistd::chdir("/")?;
-    Ok(())
 }
 
 fn make_directory(place: &str) -> io::Result<()> {

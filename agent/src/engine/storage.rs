@@ -1,7 +1,8 @@
 //! Root file systems: a shared directory, a disk, or layers of disks, mounted below the container's own directory.
 //!
-//! A disk's slot may have been filled only a moment ago. The kernel says in its log that a disk's size has changed (it
-//! sends no uevent for a change from zero), so the log is what is waited on; what counts is the size then read.
+//! A disk's slot may have been filled only a moment ago. One that was empty until then has no device yet, see [`slots`].
+//! One that has held another disk has: the kernel says in its log that a disk's size has changed (it sends no uevent for
+//! a change from zero), so the log is what is waited on; what counts is the size then read.
 
 use super::error::{Context, Error, Result};
 use super::partition::{self, Device, FIRST_PART};
@@ -10,6 +11,7 @@ use super::rootfs::options::MountOptions;
 use super::rootfs::tree::Tree;
 use super::wire::{Directory, Disk, Root, Upper};
 use crate::sys::mountfd::{self, FsContext};
+use crate::sys::slots;
 use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
@@ -205,6 +207,7 @@ fn wait_for(slot: u32) -> Result<PathBuf> {
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let log = open("/dev/kmsg", flags, Mode::empty()).doing(doing)?;
     nix::unistd::lseek(&log, 0, nix::unistd::Whence::SeekEnd).doing(doing)?;
+    slots::look_again().doing(|| "start the disk's device")?;
     let end = Instant::now() + DISK_DEADLINE;
     let missing = || Error::TimedOut(format!("no disk has appeared in slot {slot}"));
     loop {

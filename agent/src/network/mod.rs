@@ -2,23 +2,21 @@
 //!
 //! The shim says what it found in the pod's network namespace; everything in a request is meant so, and checked only for
 //! being possible at all, so that an error names the field. Interfaces are known by their slot, see
-//! [`vmshim_protocol::nic`]. Slots that stay idle are taken from their driver, since a container should see no
-//! interface that it would not see on the host. All of it waits for the kernel, so it runs on a thread that may.
+//! [`vmshim_protocol::nic`]. All of it waits for the kernel, so it runs on a thread that may.
 
 mod localhost;
 mod messages;
 mod request;
 
 use crate::failure::{Failure, Kind, describe};
+use crate::sys::slots;
 pub use localhost::connect;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use request::Interface;
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 use vmshim_protocol::agent::ConfigureNetworkRequest;
 use vmshim_protocol::netlink::route::RouteNetlinkMessage;
@@ -49,18 +47,16 @@ fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
     // Before anything comes up, so that nothing is missed.
     let mut changes = Netlink::open().map_err(talk)?;
     changes.subscribe(LINK_GROUP).map_err(talk)?;
-    let mut slots = slots(&mut netlink).map_err(talk)?;
+    slots::look_again().map_err(|error| internal("start the network devices", &error))?;
+    let mut devices = devices(&mut netlink).map_err(talk)?;
     let mut ours = Vec::new();
     for interface in interfaces {
-        let slot = slots.remove(&interface.slot).ok_or_else(|| {
+        let index = devices.remove(&interface.slot).ok_or_else(|| {
             let message =
                 format!("interface {}: the guest has no NIC slot {}", interface.name, interface.slot);
             Failure::new(Kind::FailedPrecondition, message)
         })?;
-        ours.push((interface, slot.index));
-    }
-    for (number, slot) in &slots {
-        retire(slot).map_err(|error| internal(&format!("put away idle NIC slot {number}"), &error))?;
+        ours.push((interface, index));
     }
     // One may have the name that another shall have.
     for (interface, index) in &ours {
@@ -73,19 +69,13 @@ fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
     wait_for_links(&mut netlink, &mut changes, &ours)
 }
 
-/// One virtio-net device.
-struct Slot {
-    index: u32,
-    name: String,
-}
-
-/// Those that have a driver, by number.
-fn slots(netlink: &mut Netlink) -> io::Result<BTreeMap<u8, Slot>> {
+/// Indices of the virtio-net devices, by slot.
+fn devices(netlink: &mut Netlink) -> io::Result<BTreeMap<u8, u32>> {
     let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(links.iter().filter_map(slot).collect())
+    Ok(links.iter().filter_map(device).collect())
 }
 
-fn slot(message: &RouteNetlinkMessage) -> Option<(u8, Slot)> {
+fn device(message: &RouteNetlinkMessage) -> Option<(u8, u32)> {
     let RouteNetlinkMessage::NewLink(link) = message else { return None };
     let permanent = link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::PermAddress(address) => Some(address),
@@ -95,18 +85,7 @@ fn slot(message: &RouteNetlinkMessage) -> Option<(u8, Slot)> {
     if permanent[..] != slot_mac(number) {
         return None;
     }
-    let name = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.clone()),
-        _ => None,
-    })?;
-    Some((number, Slot { index: link.header.index, name }))
-}
-
-/// Takes a device from its driver.
-fn retire(slot: &Slot) -> io::Result<()> {
-    let device = fs::read_link(Path::new("/sys/class/net").join(&slot.name).join("device"))?;
-    let name = device.file_name().ok_or(io::ErrorKind::InvalidData)?;
-    fs::write("/sys/bus/virtio/drivers/virtio_net/unbind", name.as_encoded_bytes())
+    Some((number, link.header.index))
 }
 
 fn set_up(netlink: &mut Netlink, interface: &Interface, index: u32) -> Result<(), Failure> {
@@ -189,13 +168,12 @@ mod tests {
         let name = || LinkAttribute::IfName("eth0".into());
         let ours =
             new_link(4, LinkFlags::empty(), vec![name(), LinkAttribute::PermAddress(slot_mac(2).to_vec())]);
-        let (number, found) = slot(&ours).unwrap();
-        assert_eq!((number, found.index, found.name.as_str()), (2, 4, "eth0"));
+        assert_eq!(device(&ours), Some((2, 4)));
         for address in [vec![], vec![2; 6], vec![0, 1, 2]] {
             let other = vec![name(), LinkAttribute::PermAddress(address)];
-            assert!(slot(&new_link(4, LinkFlags::empty(), other)).is_none());
+            assert!(device(&new_link(4, LinkFlags::empty(), other)).is_none());
         }
-        assert!(slot(&new_link(1, LinkFlags::empty(), vec![name()])).is_none());
+        assert!(device(&new_link(1, LinkFlags::empty(), vec![name()])).is_none());
     }
 
     #[test]

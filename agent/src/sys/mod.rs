@@ -5,6 +5,7 @@
 pub mod mountfd;
 pub mod pipe;
 pub mod process;
+pub mod slots;
 
 use std::ffi::CString;
 use std::io;

@@ -20,10 +20,8 @@ const CAPACITY: usize = 2048;
 /// * `tsc=reliable no_timer_check`: there is neither a timer to calibrate against nor one to check.
 /// * `cryptomgr.notests`: the same code passed its self-tests when the kernel was built.
 /// * `8250.nr_uarts=1`: one serial port, no probing for more.
-/// * `retain_initrd`: the kernel fills an initramfs that it frees with a pattern, which turns every page of it from one
-///   that all guests of the host share into this guest's own.
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 maxcpus=1 random.trust_cpu=on tsc=reliable no_timer_check \
-    cryptomgr.notests 8250.nr_uarts=1 retain_initrd";
+    cryptomgr.notests 8250.nr_uarts=1";
 
 /// Why a command line cannot be given to the kernel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -41,12 +39,12 @@ pub enum CommandLineError {
 pub struct CommandLine(CString);
 
 impl CommandLine {
-    /// What every guest is told, its devices as pairs of address and interrupt, and at last the administrator's own
-    /// parameters, which therefore win.
+    /// What every guest is told, what its root file system takes, its devices as pairs of address and interrupt, and at
+    /// last the administrator's own parameters, which therefore win.
     ///
     /// # Errors
     /// See [`CommandLineError`].
-    pub fn new(devices: &[(u64, u32)], extra: &str) -> Result<Self, CommandLineError> {
+    pub fn new(root: &str, devices: &[(u64, u32)], extra: &str) -> Result<Self, CommandLineError> {
         if !extra.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(CommandLineError::Characters);
         }
@@ -54,6 +52,9 @@ impl CommandLine {
         let too_long = |_| CommandLineError::TooLong;
         let mut line = Cmdline::new(CAPACITY).map_err(too_long)?;
         line.insert_str(COMMON).map_err(too_long)?;
+        if !root.is_empty() {
+            line.insert_str(root).map_err(too_long)?;
+        }
         for (address, irq) in devices {
             line.insert_str(format!("virtio_mmio.device=4K@{address:#x}:{irq}")).map_err(too_long)?;
         }
@@ -84,9 +85,11 @@ mod tests {
 
     #[test]
     fn devices_come_before_the_administrators_parameters() {
-        let line = CommandLine::new(&[(0xd000_0000, 5), (0xd000_1000, 6)], " quiet=0 ").unwrap();
+        let line =
+            CommandLine::new("root=/dev/pmem0", &[(0xd000_0000, 5), (0xd000_1000, 6)], " quiet=0 ").unwrap();
         let text = line.0.to_str().unwrap();
         assert!(text.starts_with("console=ttyS0 "));
+        assert!(text.contains(" root=/dev/pmem0 "));
         assert!(
             text.ends_with(" virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 quiet=0")
         );
@@ -94,18 +97,18 @@ mod tests {
 
     #[test]
     fn what_the_kernel_cannot_take_is_refused() {
-        assert_eq!(CommandLine::new(&[], &"x".repeat(2048)).unwrap_err(), CommandLineError::TooLong);
+        assert_eq!(CommandLine::new("", &[], &"x".repeat(2048)).unwrap_err(), CommandLineError::TooLong);
         for bad in ["a\nb", "a\0b", "ä", "a\tb"] {
-            assert_eq!(CommandLine::new(&[], bad).unwrap_err(), CommandLineError::Characters);
+            assert_eq!(CommandLine::new("", &[], bad).unwrap_err(), CommandLineError::Characters);
         }
-        let room = CAPACITY - 1 - CommandLine::new(&[], "").unwrap().len() - 1;
-        assert_eq!(CommandLine::new(&[], &"x".repeat(room)).unwrap().len(), CAPACITY - 1);
-        assert!(CommandLine::new(&[], &"x".repeat(room + 1)).is_err());
+        let room = CAPACITY - 1 - CommandLine::new("", &[], "").unwrap().len() - 1;
+        assert_eq!(CommandLine::new("", &[], &"x".repeat(room)).unwrap().len(), CAPACITY - 1);
+        assert!(CommandLine::new("", &[], &"x".repeat(room + 1)).is_err());
     }
 
     #[test]
     fn a_full_machine_leaves_room_for_parameters() {
         let devices: Vec<_> = (0..19).map(|i| (0xd000_0000 + 4096 * u64::from(i), 5 + i)).collect();
-        assert!(CommandLine::new(&devices, "").unwrap().len() < 1200);
+        assert!(CommandLine::new("", &devices, "").unwrap().len() < 1200);
     }
 }

@@ -3,13 +3,13 @@
 //! Only what a kernel needs is read: the file header and the loadable segments.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, HIGH_MEMORY, PAGE, map_file, page_floor};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, HUGE_PAGE};
 
 const FILE_HEADER: usize = 64;
 const SEGMENT_HEADER: usize = 56;
@@ -36,6 +36,8 @@ struct Segment {
     address: u64,
     file_size: u64,
     memory_size: u64,
+    writable: bool,
+    executable: bool,
 }
 
 impl Image {
@@ -93,30 +95,50 @@ impl Segment {
         address.checked_sub(self.address).is_some_and(|offset| offset < self.file_size)
     }
 
-    /// Maps whole pages and copies what is left, where address and offset allow for it; copies all of it elsewhere.
+    /// Maps whole pages, where address and offset allow for it, and copies the rest.
+    ///
+    /// Of what it writes to, the kernel would make copies anyway, a page and two or three exits at a time. That is what is
+    /// writable, and nearly all of its code, which it patches for the CPU that it finds itself on.
     fn load(&self, ram: &GuestRam, file: &File) -> Result<(), BootError> {
         let end = self.address + self.file_size;
-        if self.address % PAGE != self.offset % PAGE {
+        if self.writable {
+            let first = self.address - self.address % HUGE_PAGE;
+            ram.prefer_huge_pages(first, (self.address + self.memory_size).next_multiple_of(HUGE_PAGE));
+        }
+        if self.writable || self.address % PAGE != self.offset % PAGE {
             return self.copy(ram, file, self.address, end);
         }
-        let first = self.address.next_multiple_of(PAGE).min(end);
+        let code = if self.executable { self.end_of_code(file)? } else { self.address };
+        ram.prefer_huge_pages(self.address, code);
+        let first = code.next_multiple_of(PAGE).min(end);
         let last = page_floor(end).max(first);
         self.copy(ram, file, self.address, first)?;
         map_file(ram, file, self.offset + (first - self.address), first, last - first)?;
         self.copy(ram, file, last, end)
     }
 
-    fn copy(&self, ram: &GuestRam, file: &File, from: u64, to: u64) -> Result<(), BootError> {
-        let mut buffer = [0; 4096];
-        let mut address = from;
-        while address < to {
-            let len = usize::try_from(to - address).unwrap_or(usize::MAX).min(buffer.len());
-            let part = &mut buffer[..len];
-            file.read_exact_at(part, self.offset + (address - self.address)).map_err(BootError::Kernel)?;
-            ram.write_slice(part, GuestAddress(address)).map_err(BootError::Memory)?;
-            address += len as u64;
+    /// Where the huge pages end that are full of code. The linker fills up what is left of the last one with one byte.
+    fn end_of_code(&self, file: &File) -> Result<u64, BootError> {
+        let mut end = self.address;
+        if !self.address.is_multiple_of(HUGE_PAGE) {
+            return Ok(end);
         }
-        Ok(())
+        let mut page = [0; 4096];
+        while end + HUGE_PAGE <= self.address + self.file_size {
+            let last = self.offset + (end - self.address) + HUGE_PAGE - PAGE;
+            file.read_exact_at(&mut page, last).map_err(BootError::Kernel)?;
+            if page.iter().all(|byte| *byte == page[0]) {
+                break;
+            }
+            end += HUGE_PAGE;
+        }
+        Ok(end)
+    }
+
+    fn copy(&self, ram: &GuestRam, mut file: &File, from: u64, to: u64) -> Result<(), BootError> {
+        let len = usize::try_from(to - from).map_err(|_| BootError::Damaged("a segment is too large"))?;
+        file.seek(SeekFrom::Start(self.offset + (from - self.address))).map_err(BootError::Kernel)?;
+        ram.read_exact_volatile_from(GuestAddress(from), &mut file, len).map_err(BootError::Memory)
     }
 }
 
@@ -127,11 +149,15 @@ fn segments(table: &[u8], file_size: u64) -> Result<Vec<Segment>, BootError> {
 }
 
 fn segment(header: Fields<'_>, file_size: u64) -> Result<Segment, BootError> {
+    const EXECUTABLE: u32 = 1;
+    const WRITABLE: u32 = 2;
     let segment = Segment {
         offset: header.u64(8),
         address: header.u64(24),
         file_size: header.u64(32),
         memory_size: header.u64(40),
+        writable: header.u32(4) & WRITABLE != 0,
+        executable: header.u32(4) & EXECUTABLE != 0,
     };
     let in_file = segment.offset.checked_add(segment.file_size).is_some_and(|end| end <= file_size);
     if !in_file || segment.file_size > segment.memory_size {
@@ -185,6 +211,7 @@ mod tests {
     use super::*;
 
     /// An image with one segment of `data` at `address`, which stands at `offset` in the file.
+    /// It is writable.
     fn elf(address: u64, offset: u64, data: &[u8], memory_size: u64) -> Vec<u8> {
         let mut file = vec![0; usize::try_from(offset).unwrap()];
         file[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -194,6 +221,7 @@ mod tests {
         file[54] = 56;
         file[56] = 1;
         file[64] = 1;
+        file[68] = 6;
         for (at, value) in [(72, offset), (88, address), (96, data.len() as u64), (104, memory_size)] {
             file[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
@@ -222,16 +250,39 @@ mod tests {
         {
             for len in [1, 0x100, 0xf0, 0x1000, 0x2345, 0x3000] {
                 let data = data(len);
-                let file = file(&elf(address, offset, &data, 0x10000));
-                let ram = GuestRam::new(4 << 20).unwrap();
-                let image = Image::read(&file).unwrap();
-                assert_eq!(image.end(), address + 0x10000);
-                image.load(&ram, &file).unwrap();
-                let mut loaded = vec![0xff; len + 0x2000];
-                ram.read_slice(&mut loaded, GuestAddress(address)).unwrap();
-                assert_eq!(&loaded[..len], data, "{address:#x} {offset:#x} {len:#x}");
-                assert!(loaded[len..].iter().all(|&byte| byte == 0));
+                for flags in [4, 5, 6] {
+                    let mut bytes = elf(address, offset, &data, 0x10000);
+                    bytes[68] = flags;
+                    let file = file(&bytes);
+                    let ram = GuestRam::new(4 << 20).unwrap();
+                    let image = Image::read(&file).unwrap();
+                    assert_eq!(image.end(), address + 0x10000);
+                    image.load(&ram, &file).unwrap();
+                    let mut loaded = vec![0xff; len + 0x2000];
+                    ram.read_slice(&mut loaded, GuestAddress(address)).unwrap();
+                    assert_eq!(&loaded[..len], data, "{address:#x} {offset:#x} {len:#x}");
+                    assert!(loaded[len..].iter().all(|&byte| byte == 0));
+                }
             }
+        }
+    }
+
+    #[test]
+    fn code_is_loaded_whole_whether_it_fills_huge_pages_or_not() {
+        let huge_page = usize::try_from(HUGE_PAGE).unwrap();
+        for (code, pages) in [(2 * huge_page, 2), (2 * huge_page + 5, 2), (huge_page + huge_page / 2, 1)] {
+            let mut content = data(code);
+            content.resize(3 * huge_page + 0x1800, 0xcc);
+            let mut bytes = elf(0x20_0000, 0x1000, &content, content.len() as u64);
+            bytes[68] = 5;
+            let file = file(&bytes);
+            let ram = GuestRam::new(16 << 20).unwrap();
+            let image = Image::read(&file).unwrap();
+            assert_eq!(image.segments[0].end_of_code(&file).unwrap(), 0x20_0000 + pages * HUGE_PAGE);
+            image.load(&ram, &file).unwrap();
+            let mut loaded = vec![0; content.len()];
+            ram.read_slice(&mut loaded, GuestAddress(0x20_0000)).unwrap();
+            assert!(loaded == content);
         }
     }
 

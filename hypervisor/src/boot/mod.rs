@@ -4,12 +4,13 @@
 //! the zero page. The other way in, PVH, starts in 32-bit mode and would cost the kernel the very set-up that we do
 //! here in a few dozen writes; some flavours of KVM even emulate 32-bit mode instruction by instruction.
 //!
-//! Kernel and initramfs are trusted, being the host administrator's, but bounded: every number in them is checked.
+//! Kernel and root image are trusted, being the host administrator's, but bounded: every number in them is checked.
 
 mod command_line;
 mod cpu_tables;
 mod kernel;
 mod mp_table;
+mod root_image;
 mod zero_page;
 
 use std::fs::File;
@@ -22,8 +23,9 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 pub use command_line::{CommandLine, CommandLineError};
 pub use cpu_tables::{GDT, GDT_BYTES, PAGE_TABLES, code_segment, data_segment, task_segment};
 pub use mp_table::MAX_VCPUS;
+pub use root_image::{Place, RootImage};
 
-use crate::memory::{GuestRam, MMIO_GAP_START};
+use crate::memory::{GuestRam, HUGE_PAGE, MMIO_GAP_START};
 
 /// The zero page, which tells the kernel about its machine.
 pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
@@ -36,7 +38,7 @@ const HIGH_MEMORY: u64 = 0x10_0000;
 
 const PAGE: u64 = 4096;
 
-/// What the kernel itself needs to come up, beside its image and the initramfs: page structures, caches, first processes.
+/// What the kernel itself needs to come up, beside its image and the root image: page structures, caches, first processes.
 const HEADROOM: u64 = 24 << 20;
 
 /// Why a guest cannot be booted.
@@ -53,7 +55,7 @@ pub enum BootError {
     Damaged(&'static str),
     /// RAM cannot hold it all.
     #[error(
-        "{have_mib} MiB of memory are too little for this kernel and initramfs; they need at least {need_mib} MiB"
+        "{have_mib} MiB of memory are too little for this kernel and root image; they need at least {need_mib} MiB"
     )]
     TooLittleMemory {
         /// Configured.
@@ -64,11 +66,14 @@ pub enum BootError {
     /// The kernel's file cannot be read.
     #[error("the kernel image cannot be read")]
     Kernel(#[source] io::Error),
-    /// The initramfs's file cannot be read.
-    #[error("the initramfs cannot be read")]
-    Initramfs(#[source] io::Error),
+    /// The root image's file cannot be read.
+    #[error("the root image cannot be read")]
+    RootImage(#[source] io::Error),
+    /// It is of no form that a guest can be started with.
+    #[error("the root image is neither an erofs image nor an uncompressed cpio archive (newc)")]
+    NotARootImage,
     /// A file cannot be mapped into RAM.
-    #[error("the kernel and its initramfs cannot be mapped into guest memory")]
+    #[error("the kernel and its root image cannot be mapped into guest memory")]
     Map(#[source] Errno),
     /// No random bytes.
     #[error("the host has no random bytes for the guest")]
@@ -82,8 +87,8 @@ pub enum BootError {
 pub struct BootSource<'a> {
     /// An uncompressed ELF kernel.
     pub kernel: &'a File,
-    /// A cpio archive.
-    pub initramfs: &'a File,
+    /// The root file system.
+    pub root_image: &'a RootImage,
     /// The complete command line.
     pub command_line: &'a CommandLine,
     /// CPUs listed in the MP table.
@@ -96,35 +101,28 @@ pub struct BootSource<'a> {
 /// See [`BootError`].
 pub fn load(ram: &GuestRam, source: &BootSource<'_>) -> Result<GuestAddress, BootError> {
     let image = kernel::Image::read(source.kernel)?;
-    let size = source.initramfs.metadata().map_err(BootError::Initramfs)?.len();
-    let initramfs = place_initramfs(ram, &image, size)?;
+    source.root_image.load(ram, image.end())?;
+    back_page_structures(ram, source.root_image.place());
     image.load(ram, source.kernel)?;
-    map_file(ram, source.initramfs, 0, initramfs.start, initramfs.size)?;
     source.command_line.write(ram, COMMAND_LINE)?;
     mp_table::write(ram, source.vcpus)?;
     cpu_tables::write(ram)?;
-    zero_page::write(ram, COMMAND_LINE, source.command_line.len(), initramfs)?;
+    zero_page::write(ram, COMMAND_LINE, source.command_line.len(), source.root_image.place())?;
     Ok(image.entry())
 }
 
-/// Where the initramfs lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Initramfs {
-    start: u64,
-    size: u64,
-}
-
-/// At the top of low memory, where it is out of the kernel's way.
-fn place_initramfs(ram: &GuestRam, image: &kernel::Image, size: u64) -> Result<Initramfs, BootError> {
-    let low = ram.size().min(MMIO_GAP_START);
-    // The kernel unpacks the archive: for a while it is there twice.
-    let need = [image.end(), size, size, HEADROOM].into_iter().fold(0u64, u64::saturating_add);
-    if need > low {
-        const MIB: u64 = 1 << 20;
-        return Err(BootError::TooLittleMemory { have_mib: ram.size() / MIB, need_mib: need.div_ceil(MIB) });
-    }
-    let start = (low - size) & !(PAGE - 1);
-    Ok(Initramfs { start, size })
+/// The kernel's page structures lie right below the first allocations of all, at the top of RAM, and each of them is
+/// written at boot: an exit for every page of them, were they not backed by huge pages. Should a kernel lay them out in
+/// another way, it costs it those exits, or the host a huge page.
+fn back_page_structures(ram: &GuestRam, root: &Place) {
+    const STRUCTURE_BYTES: u64 = 64;
+    let top = match root {
+        Place::Pmem(range) if ram.size() <= MMIO_GAP_START => range.start,
+        _ => ram.ranges().last().map_or(0, |range| range.guest.0 + range.len as u64),
+    };
+    let bytes = (ram.size() / PAGE * STRUCTURE_BYTES).next_multiple_of(HUGE_PAGE) + HUGE_PAGE;
+    let end = (top - top % HUGE_PAGE).saturating_sub(HUGE_PAGE);
+    ram.prefer_huge_pages(end.saturating_sub(bytes), end);
 }
 
 /// Maps part of a file over guest RAM, as a private copy: pages that the guest only reads stay the page cache's, shared

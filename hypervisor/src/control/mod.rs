@@ -173,7 +173,7 @@ impl Server {
         }
         let plan = Plan::try_from(config).map_err(invalid)?;
         let mut take = |role| fds.take(role).map_err(invalid);
-        let (kvm, kernel, initramfs) = (take(FdRole::Kvm)?, take(FdRole::Kernel)?, take(FdRole::Initramfs)?);
+        let (kvm, kernel, root_image) = (take(FdRole::Kvm)?, take(FdRole::Kernel)?, take(FdRole::RootImage)?);
         let vsock_listener = fds.take_optional(FdRole::VsockListener);
         life.spent = true;
         let identity = Identity { uid: plan.uid(), gid: plan.gid() };
@@ -182,7 +182,7 @@ impl Server {
         let parts = Parts {
             kvm,
             kernel: File::from(kernel),
-            initramfs: File::from(initramfs),
+            root_image: File::from(root_image),
             shared,
             vsock_listener,
             streams: self.streams.clone(),
@@ -304,11 +304,11 @@ impl Life {
 /// What may come with a command, each as often as it is listed.
 fn roles_of(command: &Command) -> Vec<FdRole> {
     use FdRole::{
-        Disk, Initramfs, Kernel, Kvm, SharedDirectory, StreamSink, StreamSocket, StreamSource, Tap,
+        Disk, Kernel, Kvm, RootImage, SharedDirectory, StreamSink, StreamSocket, StreamSource, Tap,
         VsockListener,
     };
     match command {
-        Command::Configure(_) => vec![Kvm, Kernel, Initramfs, SharedDirectory, VsockListener],
+        Command::Configure(_) => vec![Kvm, Kernel, RootImage, SharedDirectory, VsockListener],
         Command::AttachDisk { .. } => vec![Disk; MAX_DISK_PIECES],
         Command::AttachNic { .. } => vec![Tap],
         Command::Expect { .. } => vec![StreamSocket, StreamSource, StreamSink],

@@ -15,12 +15,13 @@ use vmshim_protocol::control::{FailureKind, Outcome};
 use super::kvm::{KvmError, Vm};
 use super::platform::{Platform, PlatformError};
 use super::{Ending, Machine, Plan};
-use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError};
+use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError, Place, RootImage};
 use crate::devices::legacy::Console;
 use crate::devices::virtio::SharedDevice;
 use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Streams, Vsock};
 use crate::event_loop::EventLoop;
@@ -38,8 +39,8 @@ pub struct Parts {
     pub kvm: OwnedFd,
     /// The kernel's file.
     pub kernel: File,
-    /// The initramfs's file.
-    pub initramfs: File,
+    /// The root file system's file.
+    pub root_image: File,
     /// The directory to share with the guest.
     pub shared: Option<SharedDirectory>,
     /// A listening socket for host programs.
@@ -119,16 +120,21 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
     }
     platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
+    let root_image = RootImage::new(parts.root_image, &ram)?;
+    if let Place::Pmem(range) = root_image.place() {
+        platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Pmem::new(range)))))?;
+    }
     let net_loop = EventLoop::new()?;
     let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| Arc::new(Mutex::new(Net::new(slot)))).collect();
     for nic in &nics {
         platform.add_virtio(&vm, &ram, &net_loop, SharedDevice::new(nic.clone()))?;
     }
 
-    let command_line = CommandLine::new(&platform.windows, plan.kernel_params())?;
+    let parameters = root_image.kernel_parameters();
+    let command_line = CommandLine::new(parameters, &platform.windows, plan.kernel_params())?;
     let source = BootSource {
         kernel: &parts.kernel,
-        initramfs: &parts.initramfs,
+        root_image: &root_image,
         command_line: &command_line,
         vcpus: plan.vcpus(),
     };

@@ -5,19 +5,27 @@
 //! hole that x86 keeps for devices. Bytes in it change under our feet, since the guest writes them at any time: each
 //! field is read once, by copy.
 
+mod reservation;
+
 use std::ops::Deref;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
 };
+
+use self::reservation::Reservation;
 
 /// Where RAM ends below 4 GiB, and the range begins in which devices answer.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
 
 /// Where RAM goes on above the gap.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+
+/// What a large page of x86 covers.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +35,10 @@ pub enum MemoryError {
     Size(u64),
     /// The host refused.
     #[error("the host cannot provide the guest's memory")]
-    Map(#[source] MmapRegionError),
+    Map(#[source] Errno),
+    /// What the host gave cannot be a region.
+    #[error("the host's memory cannot be the guest's")]
+    Region(#[source] MmapRegionError),
     /// Regions overlap.
     #[error("the guest's memory cannot be laid out")]
     Layout(#[source] GuestRegionCollectionError),
@@ -37,7 +48,14 @@ pub enum MemoryError {
 ///
 /// It dereferences to vm-memory's `GuestMemoryMmap`; pass `ram.clone()` or `&*ram` where virtio-queue wants memory.
 #[derive(Debug, Clone)]
-pub struct GuestRam(Arc<GuestMemoryMmap>);
+pub struct GuestRam(Arc<Ram>);
+
+#[derive(Debug)]
+struct Ram {
+    memory: GuestMemoryMmap,
+    /// What `memory` points into.
+    _host: Vec<Reservation>,
+}
 
 /// One contiguous range of guest RAM and where this process sees it. It stays mapped as long as a [`GuestRam`] lives.
 #[derive(Debug, Clone, Copy)]
@@ -61,17 +79,37 @@ impl GuestRam {
             return Err(MemoryError::Size(bytes));
         }
         let low = bytes.min(MMIO_GAP_START);
-        let mut regions = vec![region(0, low)?];
+        let mut ranges = vec![(0, low)];
         if bytes > low {
-            regions.push(region(MMIO_GAP_END, bytes - low)?);
+            ranges.push((MMIO_GAP_END, bytes - low));
         }
-        let collection = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(Self(Arc::new(collection)))
+        let mut host = Vec::new();
+        let mut regions = Vec::new();
+        for (start, bytes) in ranges {
+            let size = usize::try_from(bytes).map_err(|_| MemoryError::Size(bytes))?;
+            let reservation = Reservation::new(size).map_err(MemoryError::Map)?;
+            regions.push(region(start, bytes, reservation.region().map_err(MemoryError::Region)?)?);
+            host.push(reservation);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
+        Ok(Self(Arc::new(Ram { memory, _host: host })))
+    }
+
+    /// Backs the huge pages that lie whole within `start..end` at once and in one piece each, where the host has such
+    /// pages to give: for what the guest will touch page by page anyway, at an exit each. What else is there already
+    /// stays as it is.
+    pub fn prefer_huge_pages(&self, start: u64, end: u64) {
+        let (start, end) = (start.next_multiple_of(HUGE_PAGE), end - end % HUGE_PAGE);
+        let Some(bytes) = end.checked_sub(start).and_then(|bytes| usize::try_from(bytes).ok()) else {
+            return;
+        };
+        let Ok(slice) = self.get_slice(GuestAddress(start), bytes) else { return };
+        reservation::prefer_huge_pages(&slice);
     }
 
     /// The ranges of RAM in ascending order of guest address.
     pub fn ranges(&self) -> impl Iterator<Item = HostRange> {
-        self.0.iter().map(|region| HostRange {
+        self.0.memory.iter().map(|region| HostRange {
             guest: region.start_addr(),
             host: region.as_ptr(),
             len: region.size(),
@@ -80,7 +118,7 @@ impl GuestRam {
 
     /// Bytes of RAM.
     pub fn size(&self) -> u64 {
-        self.0.iter().map(GuestMemoryRegion::len).sum()
+        self.0.memory.iter().map(GuestMemoryRegion::len).sum()
     }
 }
 
@@ -88,15 +126,11 @@ impl Deref for GuestRam {
     type Target = GuestMemoryMmap;
 
     fn deref(&self) -> &GuestMemoryMmap {
-        &self.0
+        &self.0.memory
     }
 }
 
-fn region(start: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
-    let size = usize::try_from(bytes).map_err(|_| MemoryError::Size(bytes))?;
-    let protection = nix::libc::PROT_READ | nix::libc::PROT_WRITE;
-    let flags = nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE;
-    let mapping = MmapRegion::build(None, size, protection, flags).map_err(MemoryError::Map)?;
+fn region(start: u64, bytes: u64, mapping: MmapRegion) -> Result<GuestRegionMmap, MemoryError> {
     GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size(bytes))
 }
 
@@ -129,7 +163,7 @@ mod tests {
     fn impossible_sizes_are_refused() {
         assert!(matches!(GuestRam::new(0), Err(MemoryError::Size(0))));
         assert!(matches!(GuestRam::new(4097), Err(MemoryError::Size(4097))));
-        assert!(matches!(GuestRam::new(u64::MAX - 4095), Err(MemoryError::Map(_))));
+        assert!(matches!(GuestRam::new(u64::MAX - 4095), Err(MemoryError::Map(_) | MemoryError::Size(_))));
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub struct Guest {
     pub config: MachineConfig,
     pub kvm: PathBuf,
     pub kernel: PathBuf,
-    pub initramfs: File,
+    pub root_image: File,
 }
 
 impl Default for Guest {
@@ -55,9 +55,9 @@ impl Default for Guest {
         };
         let kernel = std::env::var_os("VMSHIM_TEST_KERNEL");
         let kernel = kernel.map_or_else(|| "/usr/local/share/vmshim/vmlinux".into(), PathBuf::from);
-        let mut initramfs = tempfile::tempfile().unwrap();
-        initramfs.write_all(&cpio::initramfs(&guest_program())).unwrap();
-        Self { config, kvm: "/dev/kvm".into(), kernel, initramfs }
+        let mut root_image = tempfile::tempfile().unwrap();
+        root_image.write_all(&cpio::initramfs(&guest_program())).unwrap();
+        Self { config, kvm: "/dev/kvm".into(), kernel, root_image }
     }
 }
 
@@ -143,7 +143,7 @@ impl Vmm {
         let mut fds = vec![
             (FdRole::Kvm, kvm.as_fd()),
             (FdRole::Kernel, kernel.as_fd()),
-            (FdRole::Initramfs, guest.initramfs.as_fd()),
+            (FdRole::RootImage, guest.root_image.as_fd()),
         ];
         fds.extend_from_slice(more);
         self.ask(Command::Configure(guest.config.clone()), &fds)

@@ -90,7 +90,7 @@ fn too_little_memory() {
     let (kind, message) = refusal(&guest);
     assert_eq!(kind, FailureKind::InvalidArgument);
     assert!(
-        message.starts_with("32 MiB of memory are too little for this kernel and initramfs"),
+        message.starts_with("32 MiB of memory are too little for this kernel and root image"),
         "{message}"
     );
 }

@@ -38,9 +38,9 @@ impl Rig {
         }
         let test = std::env::current_exe().unwrap();
         let program = test.parent().and_then(std::path::Path::parent).unwrap().join("examples/shared");
-        let mut initramfs = tempfile::tempfile().unwrap();
-        initramfs.write_all(&cpio::initramfs(&program)).unwrap();
-        let guest = Guest { initramfs, ..Guest::default() };
+        let mut root_image = tempfile::tempfile().unwrap();
+        root_image.write_all(&cpio::initramfs(&program)).unwrap();
+        let guest = Guest { root_image, ..Guest::default() };
 
         let mut vmm = Vmm::start();
         let shared = File::open(directory.path()).unwrap();

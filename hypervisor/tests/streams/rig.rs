@@ -27,9 +27,9 @@ pub fn start_with(before: impl FnOnce(&mut Vmm)) -> Running {
 pub fn guest() -> Guest {
     let test = std::env::current_exe().unwrap();
     let program = test.parent().and_then(std::path::Path::parent).unwrap().join("examples/streams");
-    let mut initramfs = tempfile::tempfile().unwrap();
-    initramfs.write_all(&cpio::initramfs(&program)).unwrap();
-    Guest { initramfs, ..Guest::default() }
+    let mut root_image = tempfile::tempfile().unwrap();
+    root_image.write_all(&cpio::initramfs(&program)).unwrap();
+    Guest { root_image, ..Guest::default() }
 }
 
 pub fn expect(running: &mut Running, port: u32, fds: &[(FdRole, BorrowedFd<'_>)]) {

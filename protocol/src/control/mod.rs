@@ -34,7 +34,7 @@ pub struct Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
-    /// Describes the machine. Descriptors: `Kvm`, `Kernel`, `Initramfs`, and where wanted `SharedDirectory` (a
+    /// Describes the machine. Descriptors: `Kvm`, `Kernel`, `RootImage`, and where wanted `SharedDirectory` (a
     /// directory, the root of the virtio-fs device) and `VsockListener` (a listening Unix stream socket on which the
     /// hybrid vsock protocol is served to host programs).
     Configure(MachineConfig),
@@ -99,8 +99,8 @@ pub enum FdRole {
     Kvm,
     /// An uncompressed x86-64 ELF kernel.
     Kernel,
-    /// A cpio archive.
-    Initramfs,
+    /// The guest's root file system, an erofs image or a cpio archive.
+    RootImage,
     /// The directory served by virtio-fs.
     SharedDirectory,
     /// A listening Unix socket for the hybrid vsock protocol.

@@ -116,8 +116,8 @@ settings! {
         path: PathBuf = "/usr/local/libexec/vmshim/vmshim-vmm";
         /// The guest kernel, an uncompressed x86-64 ELF file.
         kernel: PathBuf = "/usr/local/share/vmshim/vmlinux";
-        /// The guest's initramfs, which holds the agent.
-        initramfs: PathBuf = "/usr/local/share/vmshim/initramfs.cpio";
+        /// The guest's root file system, which holds the agent: an erofs image of whole pages.
+        root_image: PathBuf = "/usr/local/share/vmshim/agent.erofs";
         /// Appended to the guest's kernel command line.
         kernel_params: String = "";
         /// vCPUs of a pod that has no CPU limit.
@@ -134,8 +134,8 @@ settings! {
         /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
         overhead_memory_mib: u32 = 64u32, in 0..=65_536u32;
         /// Empty disk slots made in every machine. Each block-based root file system takes one.
-        disk_slots: u8 = 8u8, in 1..=15u8;
-        /// Network interfaces that a pod with a network namespace can have. With the disk slots there can be 16.
+        disk_slots: u8 = 8u8, in 1..=14u8;
+        /// Network interfaces that a pod with a network namespace can have. With the disk slots there can be 15.
         nic_slots: u8 = 2u8, in 1..=8u8;
         /// How long the guest may take from power-on until its agent calls, in seconds.
         boot_timeout_seconds: u32 = 30u32, in 1..=3_600u32;

@@ -27,13 +27,14 @@ impl End {
             Outcome::BootTimedOut => (
                 false,
                 "the guest's agent did not call within hypervisor.boot_timeout_seconds; check the kernel and the \
-                 initramfs"
+                 root image"
                     .to_owned(),
             ),
             Outcome::Failed { message } => (false, format!("the VMM failed: {}", clip(&message))),
         };
         let skipped = console.len().saturating_sub(MAX_CONSOLE_LINES);
-        let console = console.iter().skip(skipped).map(|line| clip(line)).collect();
+        let console =
+            console.iter().skip(skipped).filter(|line| says_something(line)).map(|line| clip(line)).collect();
         Self { orderly, reason, console }
     }
 
@@ -72,6 +73,12 @@ impl End {
     }
 }
 
+/// A panicking kernel sets itself off by a line with nothing but its time.
+fn says_something(line: &str) -> bool {
+    let is_time = |letter: char| letter.is_ascii_digit() || "[]. ".contains(letter);
+    !line.chars().all(is_time)
+}
+
 fn clip(text: &str) -> String {
     let printable = printable(text);
     let edge = (0..=MAX_CONSOLE_LINE.min(printable.len())).rev().find(|at| printable.is_char_boundary(*at));
@@ -93,6 +100,8 @@ mod tests {
             "the guest's kernel panicked; the console's last lines: line 2 | line 3 | line 4"
         );
         assert_eq!(crash.console().len(), 5);
+        let console = ["agent: no", "[    4.706376] ", "", "[ 1.0] panic"].map(String::from).to_vec();
+        assert_eq!(End::from_outcome(Outcome::Panicked, console).console(), ["agent: no", "[ 1.0] panic"]);
         assert_eq!(End::from_outcome(Outcome::PoweredOff, console).sentence(), "the guest powered off");
         assert_eq!(End::died("was killed by SIGKILL", "").sentence(), "the VMM was killed by SIGKILL");
     }

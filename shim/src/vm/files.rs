@@ -56,9 +56,9 @@ pub fn kernel(path: &Path) -> Result<File, FileError> {
     Ok(file)
 }
 
-/// Opens the guest's initramfs.
-pub fn initramfs(path: &Path) -> Result<File, FileError> {
-    open("the guest's initramfs", "hypervisor.initramfs", path)
+/// Opens the guest's root file system.
+pub fn root_image(path: &Path) -> Result<File, FileError> {
+    open("the guest's root image", "hypervisor.root_image", path)
 }
 
 fn open(what: &'static str, key: &'static str, path: &Path) -> Result<File, FileError> {

@@ -101,7 +101,7 @@ impl Launcher<'_> {
         let vm = &self.config.hypervisor;
         let kvm = files::kvm()?;
         let kernel = files::kernel(&vm.kernel)?;
-        let initramfs = files::initramfs(&vm.initramfs)?;
+        let root_image = files::root_image(&vm.root_image)?;
         let entrances = self.make_cgroup(journal)?;
         let started = process::start(&vm.path, entrances)
             .map_err(|source| LaunchError::Vmm { path: vm.path.clone(), source })?;
@@ -151,7 +151,7 @@ impl Launcher<'_> {
             timeout: Duration::from_secs(vm.boot_timeout_seconds.into()),
             kvm,
             kernel,
-            initramfs,
+            root_image,
             shared,
             agent: agent_peer.into(),
             log: log_writer,
@@ -179,7 +179,7 @@ struct Boot {
     timeout: Duration,
     kvm: File,
     kernel: File,
-    initramfs: File,
+    root_image: File,
     shared: File,
     agent: OwnedFd,
     log: Option<PipeWriter>,
@@ -191,7 +191,7 @@ impl Boot {
         let files = [
             (FdRole::Kvm, self.kvm.as_fd()),
             (FdRole::Kernel, self.kernel.as_fd()),
-            (FdRole::Initramfs, self.initramfs.as_fd()),
+            (FdRole::RootImage, self.root_image.as_fd()),
             (FdRole::SharedDirectory, self.shared.as_fd()),
         ];
         let agent = [(FdRole::StreamSocket, self.agent.as_fd())];

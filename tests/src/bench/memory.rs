@@ -68,15 +68,15 @@ fn is_child_of(process: &Path, parent: &Path) -> bool {
     id.is_some_and(|id| parent.ends_with(id))
 }
 
-/// Adds up `/proc/PID/smaps`. The guest's RAM is found by the kernel, which is mapped 16 MiB from its start: from there
-/// on it is everything that lies without a gap.
+/// Adds up `/proc/PID/smaps`. The guest's RAM is found by what is mapped of the kernel, which stands in its file from
+/// 2 MiB on and in the guest from 16 MiB on: from RAM's start on it is everything that lies without a gap.
 fn parse(smaps: &str) -> Usage {
     let mut areas: Vec<Area> = Vec::new();
     for line in smaps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [key, rest @ ..] = words.as_slice() else { continue };
         if !key.ends_with(':') {
-            areas.extend(Area::new(key, rest.last().is_some_and(|name| name.ends_with("/vmlinux"))));
+            areas.extend(Area::new(key, rest));
             continue;
         }
         let (Some(area), Some(kib)) = (areas.last_mut(), rest.first()) else { continue };
@@ -88,8 +88,10 @@ fn parse(smaps: &str) -> Usage {
         }
     }
     let mut usage = Usage { private: areas.iter().map(|area| area.private).sum(), ..Usage::default() };
-    let kernel = areas.iter().find(|area| area.is_kernel).map(|area| area.start);
-    let mut next = kernel.and_then(|start| start.checked_sub(16 << 20));
+    let mut next = areas.iter().find_map(|area| {
+        let guest_address = area.kernel_offset?.checked_add(14 << 20)?;
+        area.start.checked_sub(guest_address)
+    });
     for area in &areas {
         if next.is_some_and(|next| area.start == next) {
             usage.guest_private += area.private;
@@ -104,16 +106,19 @@ fn parse(smaps: &str) -> Usage {
 struct Area {
     start: u64,
     end: u64,
-    is_kernel: bool,
+    /// Where it stands in the kernel's file, if it does.
+    kernel_offset: Option<u64>,
     private: f64,
     resident: f64,
 }
 
 impl Area {
-    fn new(range: &str, is_kernel: bool) -> Option<Self> {
+    fn new(range: &str, rest: &[&str]) -> Option<Self> {
         let (start, end) = range.split_once('-')?;
-        let address = |text| u64::from_str_radix(text, 16).ok();
-        Some(Self { start: address(start)?, end: address(end)?, is_kernel, private: 0.0, resident: 0.0 })
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let is_kernel = rest.last().is_some_and(|name| name.ends_with("/vmlinux"));
+        let kernel_offset = rest.get(1).filter(|_| is_kernel).and_then(|offset| number(offset));
+        Some(Self { start: number(start)?, end: number(end)?, kernel_offset, private: 0.0, resident: 0.0 })
     }
 }
 
@@ -125,7 +130,7 @@ mod tests {
     fn guest_ram_is_told_apart() {
         let smaps = "1000-2000 r-xp 0 00:01 7 /vmm\nRss: 1024 kB\nPrivate_Clean: 512 kB\nPrivate_Dirty: 512 kB\n\
                      7000000-8000000 rw-p 0 00:00 0\nRss: 20480 kB\nPrivate_Dirty: 20480 kB\n\
-                     8000000-8400000 rw-p 0 00:01 9 /x/vmlinux\nRss: 2048 kB\nPrivate_Dirty: 1024 kB\n\
+                     8000000-8400000 rw-p 200000 00:01 9 /x/vmlinux\nRss: 2048 kB\nPrivate_Dirty: 1024 kB\n\
                      9000000-a000000 rw-p 0 00:00 0\nRss: 1024 kB\nPrivate_Dirty: 1024 kB\n";
         let expected = Usage { private: 23.0, guest_private: 21.0, guest_resident: 22.0 };
         assert_eq!(parse(smaps), expected);

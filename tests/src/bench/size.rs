@@ -5,11 +5,11 @@ use anyhow::Result;
 use super::Plan;
 use super::report::{Figure, Limit, Report, Row};
 
-/// The VMM, and the initramfs, which is the agent and a few directory entries.
+/// The VMM, and the guest's root image, which is the agent and a few directory entries.
 pub fn programs(plan: &Plan<'_>, report: &mut Report) -> Result<()> {
     let files = [
         ("VMM on disk", "libexec/vmshim/vmshim-vmm"),
-        ("agent on disk", "share/vmshim/initramfs.cpio"),
+        ("agent on disk", "share/vmshim/agent.erofs"),
         ("shim on disk", "bin/containerd-shim-vmshim-v2"),
     ];
     for (name, file) in files {

@@ -43,7 +43,8 @@ pub struct Activation {
 
 /// A virtio device (virtio 1.2, section 2 and the device's own section 5.x).
 pub trait VirtioDevice: Send {
-    /// Device type id (virtio 1.2, section 5).
+    /// Device type id (virtio 1.2, section 5). 0 for a placeholder, which no driver starts; it becomes another when there
+    /// is something to be started, and stays so as long as a driver has it.
     fn device_type(&self) -> u32;
 
     /// Name for logs and statistics, such as `blk0`.

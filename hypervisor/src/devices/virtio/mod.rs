@@ -9,6 +9,7 @@ mod worker;
 pub mod blk;
 pub mod fs;
 pub mod net;
+pub mod pmem;
 pub mod rng;
 pub mod vsock;
 
@@ -16,6 +17,9 @@ pub use device::{Activation, ActivationError, VirtioDevice};
 pub use interrupt::Interrupt;
 pub use mmio::{MMIO_WINDOW, MmioTransport, QUEUE_NOTIFY};
 pub use worker::{Doorbells, SharedDevice};
+
+/// Device type of a slot with nothing in it (virtio 1.2, sections 4.2.2 and 5).
+pub const PLACEHOLDER: u32 = 0;
 
 /// Offered by the transport for every device: it follows virtio 1.0 or later.
 pub const VERSION_1: u64 = 1 << 32;

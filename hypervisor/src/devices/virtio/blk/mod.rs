@@ -1,7 +1,8 @@
 //! virtio-blk (virtio 1.2, section 5.2): a slot that holds a disk, or none.
 //!
-//! Slots exist from boot on and take disks while the guest runs: an empty one has no sectors, and a change of its
-//! capacity is announced by a configuration interrupt. Requests are served one by one on the `blk` thread, so that a
+//! Slots exist from boot on and take disks while the guest runs: an empty one is a placeholder on the bus, where the
+//! guest looks again when it is told of a disk. One that its driver has started is a disk of no sectors when it is emptied,
+//! and a change of its capacity is announced by a configuration interrupt. Requests are served one by one on the `blk` thread, so that a
 //! slow disk holds up no other device. The guest chooses every number in a request, see [`request`].
 
 mod buffers;
@@ -13,7 +14,9 @@ use std::os::fd::OwnedFd;
 use vmshim_protocol::control::DeviceStatistics;
 
 use super::service::{Chain, Service};
-use super::{Activation, ActivationError, Interrupt, RING_EVENT_IDX, RING_INDIRECT_DESC, VirtioDevice};
+use super::{
+    Activation, ActivationError, Interrupt, PLACEHOLDER, RING_EVENT_IDX, RING_INDIRECT_DESC, VirtioDevice,
+};
 use crate::event_loop::Readiness;
 use crate::memory::GuestRam;
 pub use disk::{Disk, DiskError};
@@ -138,7 +141,8 @@ fn serve_one(
 
 impl VirtioDevice for Blk {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        let is_there = self.disk.is_some() || self.service.is_some();
+        if is_there { DEVICE_TYPE } else { PLACEHOLDER }
     }
 
     fn name(&self) -> &str {

@@ -1,8 +1,8 @@
 //! virtio-net (virtio 1.2, section 5.1): a slot that is connected to a tap, or has no link.
 //!
-//! Slots exist from boot on. What a slot will be connected to is not known when its driver reads the configuration, so
-//! the address there only names the slot ([`slot_mac`]); the agent sets address and MTU of the interface. Attaching a
-//! tap is announced by a configuration interrupt, upon which the link is up.
+//! Slots exist from boot on, as placeholders on the bus until they are connected; then the guest is told to look again.
+//! The address in the configuration only names the slot ([`slot_mac`]); the agent sets address and MTU of the interface.
+//! The link of one that its driver has started before is up upon a configuration interrupt.
 //!
 //! Frames go between guest memory and the tap by one `readv` or `writev` each, with no copy here. The tap carries a
 //! virtio header, so checksums and segmentation pass through as the guest and the host's kernel have agreed on them.
@@ -22,7 +22,9 @@ use vmshim_protocol::control::DeviceStatistics;
 use vmshim_protocol::nic::slot_mac;
 
 use super::service::Service;
-use super::{Activation, ActivationError, Interrupt, RING_EVENT_IDX, RING_INDIRECT_DESC, VirtioDevice};
+use super::{
+    Activation, ActivationError, Interrupt, PLACEHOLDER, RING_EVENT_IDX, RING_INDIRECT_DESC, VirtioDevice,
+};
 use crate::event_loop::{Interest, Readiness, Registrar};
 use receive::Receiver;
 use tap::Tap;
@@ -143,7 +145,8 @@ impl Net {
 
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        let is_there = self.tap.is_some() || self.active.is_some();
+        if is_there { DEVICE_TYPE } else { PLACEHOLDER }
     }
 
     fn name(&self) -> &str {

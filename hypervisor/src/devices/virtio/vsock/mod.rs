@@ -56,8 +56,8 @@ use slots::{SlotId, Token};
 const DEVICE_TYPE: u32 = 19;
 
 /// Packets to the guest, packets from the guest, events. Linux fills the first queue with buffers of 4 KiB, which it
-/// keeps for good: 128 hold more than a connection's credit.
-const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
+/// keeps for good: 64 hold a connection's credit.
+const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
 
 const WAKE: Token = Token::Device(0);
 const TIMER: Token = Token::Device(1);

@@ -1,0 +1,100 @@
+//! The addresses of this process behind a range of guest RAM.
+
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use vm_memory::VolatileSlice;
+use vm_memory::mmap::{MmapRegion, MmapRegionError};
+
+use super::HUGE_PAGE;
+
+/// Anonymous memory that begins at a huge page's boundary, so that one page of the host can be one of the guest. It is
+/// given back when this is dropped.
+#[derive(Debug)]
+pub struct Reservation {
+    start: NonNull<c_void>,
+    size: NonZeroUsize,
+}
+
+// SAFETY: the mapping is the process's; nothing about it belongs to the thread that made it.
+unsafe impl Send for Reservation {}
+// SAFETY: only `drop`, which has it alone, changes anything.
+unsafe impl Sync for Reservation {}
+
+/// [`HUGE_PAGE`] in this process's own size.
+const ALIGNMENT: usize = 2 << 20;
+const _: () = assert!(ALIGNMENT as u64 == HUGE_PAGE);
+
+fn protection() -> ProtFlags {
+    ProtFlags::PROT_READ | ProtFlags::PROT_WRITE
+}
+
+fn flags() -> MapFlags {
+    MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE
+}
+
+impl Reservation {
+    /// Reserves `size` bytes, a multiple of the page size. Huge pages are given for the asking only, also where the host
+    /// would give them unasked: a guest touches RAM here and there, and each touch would be backed, and zeroed, two MiB
+    /// at a time.
+    ///
+    /// # Errors
+    /// When the host has not that many, or it is none.
+    pub fn new(size: usize) -> Result<Self, Errno> {
+        let size = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
+        let mapped = size.checked_add(ALIGNMENT).ok_or(Errno::ENOMEM)?;
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses.
+        let mapping = unsafe { mmap_anonymous(None, mapped, protection(), flags()) }?.cast::<u8>();
+        let before = mapping.as_ptr().align_offset(ALIGNMENT);
+        let start = mapping.as_ptr().wrapping_add(before);
+        unmap(mapping.as_ptr(), before)?;
+        unmap(start.wrapping_add(size.get()), ALIGNMENT - before)?;
+        let start = NonNull::new(start.cast()).ok_or(Errno::EFAULT)?;
+        advise(start, size.get(), MmapAdvise::MADV_NOHUGEPAGE);
+        Ok(Self { start, size })
+    }
+
+    /// The memory as vm-memory wants it, which must not be used any more when this is dropped.
+    pub fn region(&self) -> Result<MmapRegion, MmapRegionError> {
+        let flags = flags() | MapFlags::MAP_ANONYMOUS;
+        // SAFETY: that is the whole mapping, its protection and its kind. `GuestRam` keeps both together.
+        unsafe {
+            MmapRegion::build_raw(
+                self.start.cast().as_ptr(),
+                self.size.get(),
+                protection().bits(),
+                flags.bits(),
+            )
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // It can only fail for what never was mapped.
+        let _ = unmap(self.start.cast().as_ptr(), self.size.get());
+    }
+}
+
+/// Unmaps a part of a reservation that nothing points into.
+fn unmap(start: *mut u8, bytes: usize) -> Result<(), Errno> {
+    let Some(start) = NonNull::new(start.cast()).filter(|_| bytes > 0) else { return Ok(()) };
+    // SAFETY: the callers are the mapping's owner: they name what they have just mapped and not yet handed out, or all
+    // of it when what points into it is gone, as `region` says.
+    unsafe { munmap(start, bytes) }
+}
+
+/// Asks for huge pages.
+pub fn prefer_huge_pages(memory: &VolatileSlice<'_>) {
+    let Some(start) = NonNull::new(memory.ptr_guard_mut().as_ptr().cast()) else { return };
+    advise(start, memory.len(), MmapAdvise::MADV_HUGEPAGE);
+}
+
+/// A host without huge pages refuses, and has none.
+fn advise(start: NonNull<c_void>, bytes: usize, advice: MmapAdvise) {
+    // SAFETY: the callers name mapped memory, and neither advice changes anything of what is in it.
+    let _ = unsafe { madvise(start, bytes, advice) };
+}
