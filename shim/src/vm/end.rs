@@ -100,8 +100,8 @@ mod tests {
             "the guest's kernel panicked; the console's last lines: line 2 | line 3 | line 4"
         );
         assert_eq!(crash.console().len(), 5);
-        let console = ["agent: no", "[    4.706376] ", "", "[ 1.0] panic"].map(String::from).to_vec();
-        assert_eq!(End::from_outcome(Outcome::Panicked, console).console(), ["agent: no", "[ 1.0] panic"]);
+        let spaced = ["agent: no", "[    4.706376] ", "", "[ 1.0] panic"].map(String::from).to_vec();
+        assert_eq!(End::from_outcome(Outcome::Panicked, spaced).console(), ["agent: no", "[ 1.0] panic"]);
         assert_eq!(End::from_outcome(Outcome::PoweredOff, console).sentence(), "the guest powered off");
         assert_eq!(End::died("was killed by SIGKILL", "").sentence(), "the VMM was killed by SIGKILL");
     }
