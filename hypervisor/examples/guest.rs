@@ -76,6 +76,7 @@ fn obey(words: &[&str]) -> Result<String> {
         ["die"] => std::process::exit(0),
         ["online"] => online(),
         ["memory"] => memory(),
+        ["touch", mib] => touch(mib.parse()?),
         ["size", slot] => Ok(fs::read_to_string(disk(slot)?.0.join("size"))?.trim().to_owned()),
         ["read-only", slot] => Ok(fs::read_to_string(disk(slot)?.0.join("ro"))?.trim().to_owned()),
         ["write", slot, offset, length, byte] => {
@@ -167,6 +168,13 @@ fn look_again() -> Result<String> {
         }
     }
     Ok(count.to_string())
+}
+
+/// Uses memory for a moment.
+fn touch(mib: usize) -> Result<String> {
+    let memory = vec![1u8; mib << 20];
+    let sum: usize = memory.chunks(4096).map(|page| usize::from(page[0])).sum();
+    Ok((sum >> 8).to_string())
 }
 
 /// KiB that the kernel has.

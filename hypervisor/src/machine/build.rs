@@ -18,11 +18,12 @@ use super::{Ending, Machine, Plan};
 use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError, Place, RootImage};
 use crate::devices::legacy::Console;
 use crate::devices::virtio::SharedDevice;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
 use crate::devices::virtio::net::Net;
-use crate::devices::virtio::pmem::Pmem;
-use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::pmem::{Persistent, Pmem};
+use crate::devices::virtio::rng::{Entropy, Rng};
 use crate::devices::virtio::vsock::{Streams, Vsock};
 use crate::event_loop::EventLoop;
 use crate::jail::{self, JailError, Role};
@@ -119,10 +120,16 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     for slot in &slots {
         platform.add_virtio(&vm, &ram, &blk_loop, SharedDevice::new(slot.clone()))?;
     }
-    platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new()))))?;
+    platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Rng::new(Entropy)))))?;
+    platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Balloon::new()))))?;
     let root_image = RootImage::new(parts.root_image, &ram)?;
     if let Place::Pmem(range) = root_image.place() {
-        platform.add_virtio(&vm, &ram, io, SharedDevice::new(Arc::new(Mutex::new(Pmem::new(range)))))?;
+        platform.add_virtio(
+            &vm,
+            &ram,
+            io,
+            SharedDevice::new(Arc::new(Mutex::new(Pmem::new(Persistent::new(range))))),
+        )?;
     }
     let net_loop = EventLoop::new()?;
     let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| Arc::new(Mutex::new(Net::new(slot)))).collect();

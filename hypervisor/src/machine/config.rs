@@ -5,7 +5,7 @@ use vmshim_protocol::control::MachineConfig;
 use crate::boot::MAX_VCPUS;
 
 /// virtio-blk and virtio-net devices of one machine: what the interrupt lines leave beside the other devices.
-pub const MAX_SLOTS: u8 = 15;
+pub const MAX_SLOTS: u8 = 14;
 
 const MIN_MEMORY_MIB: u32 = 16;
 const MAX_MEMORY_MIB: u32 = 1 << 20;
@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(refused(|config| config.vcpus = 65), ConfigError::Vcpus(65));
         assert_eq!(refused(|config| config.memory_mib = 15), ConfigError::Memory(15));
         assert_eq!(refused(|config| config.memory_mib = u32::MAX), ConfigError::Memory(u32::MAX));
-        assert_eq!(refused(|config| config.disk_slots = 14), ConfigError::Slots { disks: 14, nics: 2 });
+        assert_eq!(refused(|config| config.disk_slots = 13), ConfigError::Slots { disks: 13, nics: 2 });
         assert_eq!(refused(|config| config.nic_slots = 255), ConfigError::Slots { disks: 4, nics: 255 });
         assert_eq!(refused(|config| config.uid = 0), ConfigError::Root);
         assert_eq!(refused(|config| config.gid = 0), ConfigError::Root);

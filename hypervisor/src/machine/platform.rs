@@ -96,7 +96,7 @@ mod tests {
 
     use super::*;
     use crate::devices::virtio::blk::Blk;
-    use crate::devices::virtio::rng::Rng;
+    use crate::devices::virtio::rng::{Entropy, Rng};
 
     fn platform() -> (Platform, Vm, EventLoop) {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
@@ -105,7 +105,7 @@ mod tests {
         let event_loop = EventLoop::new().unwrap();
         let mut platform = Platform::default();
         platform.add_legacy(&vm, Console::default(), &Ending::new().unwrap()).unwrap();
-        let rng = SharedDevice::new(Arc::new(Mutex::new(Rng::new())));
+        let rng = SharedDevice::new(Arc::new(Mutex::new(Rng::new(Entropy))));
         let blk = SharedDevice::new(Arc::new(Mutex::new(Blk::new(0))));
         platform.add_virtio(&vm, &ram, &event_loop, rng).unwrap();
         platform.add_virtio(&vm, &ram, &event_loop, blk).unwrap();
@@ -118,7 +118,7 @@ mod tests {
         let (mut platform, vm, event_loop) = platform();
         let ram = GuestRam::new(1 << 20).unwrap();
         let mut add = || {
-            let device = SharedDevice::new(Arc::new(Mutex::new(Rng::new())));
+            let device = SharedDevice::new(Arc::new(Mutex::new(Rng::new(Entropy))));
             platform.add_virtio(&vm, &ram, &event_loop, device)
         };
         for _ in FIRST_LINE + 2..=LAST_LINE {

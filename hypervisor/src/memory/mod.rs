@@ -24,6 +24,8 @@ pub const MMIO_GAP_START: u64 = 0xc000_0000;
 /// Where RAM goes on above the gap.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
+const PAGE: u64 = 4096;
+
 /// What a large page of x86 covers.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
@@ -74,7 +76,6 @@ impl GuestRam {
     /// # Errors
     /// See [`MemoryError`].
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        const PAGE: u64 = 4096;
         if bytes == 0 || !bytes.is_multiple_of(PAGE) {
             return Err(MemoryError::Size(bytes));
         }
@@ -105,6 +106,15 @@ impl GuestRam {
         };
         let Ok(slice) = self.get_slice(GuestAddress(start), bytes) else { return };
         reservation::prefer_huge_pages(&slice);
+    }
+
+    /// Gives whole pages back to the host; the guest finds zeroed ones there when it touches them again. False where the
+    /// range is not that, or not RAM.
+    pub fn take_back(&self, start: GuestAddress, bytes: u32) -> bool {
+        let Ok(len) = usize::try_from(bytes) else { return false };
+        let is_pages = start.0.is_multiple_of(PAGE) && u64::from(bytes).is_multiple_of(PAGE) && len > 0;
+        let slice = self.get_slice(start, len).ok().filter(|_| is_pages);
+        slice.is_some_and(|slice| reservation::take_back(&slice))
     }
 
     /// The ranges of RAM in ascending order of guest address.

@@ -98,3 +98,11 @@ fn advise(start: NonNull<c_void>, bytes: usize, advice: MmapAdvise) {
     // SAFETY: the callers name mapped memory, and neither advice changes anything of what is in it.
     let _ = unsafe { madvise(start, bytes, advice) };
 }
+
+/// Gives pages back to the host, zeroed or, where a file is mapped, as in the file.
+pub fn take_back(memory: &VolatileSlice<'_>) -> bool {
+    let Some(start) = NonNull::new(memory.ptr_guard_mut().as_ptr().cast()) else { return false };
+    // SAFETY: the slice is guest memory, which is mapped, and of which this process takes nothing for granted: it may
+    // change at any time, as it does now.
+    unsafe { madvise(start, memory.len(), MmapAdvise::MADV_DONTNEED) }.is_ok()
+}

@@ -134,8 +134,8 @@ settings! {
         /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
         overhead_memory_mib: u32 = 64u32, in 0..=65_536u32;
         /// Empty disk slots made in every machine. Each block-based root file system takes one.
-        disk_slots: u8 = 8u8, in 1..=14u8;
-        /// Network interfaces that a pod with a network namespace can have. With the disk slots there can be 15.
+        disk_slots: u8 = 8u8, in 1..=13u8;
+        /// Network interfaces that a pod with a network namespace can have. With the disk slots there can be 14.
         nic_slots: u8 = 2u8, in 1..=8u8;
         /// How long the guest may take from power-on until its agent calls, in seconds.
         boot_timeout_seconds: u32 = 30u32, in 1..=3_600u32;

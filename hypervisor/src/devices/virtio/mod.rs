@@ -3,9 +3,11 @@
 mod device;
 mod interrupt;
 mod mmio;
+mod responder;
 mod service;
 mod worker;
 
+pub mod balloon;
 pub mod blk;
 pub mod fs;
 pub mod net;

@@ -2,21 +2,14 @@
 //!
 //! What is behind the range is not this device's concern. The guest's changes to it are its own and end with it, so
 //! there is nothing to write back.
-//!
-//! Runs on the `io` thread.
 
 use std::ops::Range;
 
 use vm_memory::Bytes;
-use vmshim_protocol::control::DeviceStatistics;
 
-use super::service::{Chain, Service};
-use super::{Activation, ActivationError, RING_EVENT_IDX, VirtioDevice};
-use crate::event_loop::Readiness;
+use super::responder::{Responder, Responding};
+use super::service::Chain;
 use crate::memory::GuestRam;
-
-const DEVICE_TYPE: u32 = 27;
-const QUEUE_SIZES: [u16; 1] = [16];
 
 /// The only request there is, and its answer.
 const FLUSH: u32 = 0;
@@ -24,98 +17,42 @@ const DONE: u32 = 0;
 const REFUSED: u32 = 1;
 
 /// A range of persistent memory.
-pub struct Pmem {
-    /// Start and size as the configuration space has them.
-    config: [u8; 16],
-    service: Option<Service>,
-    statistics: DeviceStatistics,
-}
+pub type Pmem = Responding<Persistent>;
 
-impl Pmem {
-    /// A device for a range in guest memory, multiples of 2 MiB, that has not been started.
+/// What the guest is told of it: start and size, as the configuration space has them.
+pub struct Persistent([u8; 16]);
+
+impl Persistent {
+    /// A range in guest memory, of multiples of 2 MiB.
     pub fn new(range: &Range<u64>) -> Self {
         let mut config = [0; 16];
         config[..8].copy_from_slice(&range.start.to_le_bytes());
         config[8..].copy_from_slice(&range.end.saturating_sub(range.start).to_le_bytes());
-        let statistics = DeviceStatistics { name: "pmem".into(), ..Default::default() };
-        Self { config, service: None, statistics }
+        Self(config)
+    }
+}
+
+impl Responder for Persistent {
+    const DEVICE_TYPE: u32 = 27;
+    const NAME: &'static str = "pmem";
+    const QUEUE_SIZES: [u16; 1] = [16];
+
+    fn config(&self) -> &[u8] {
+        &self.0
     }
 
-    fn serve(&mut self) {
-        let statistics = &mut self.statistics;
-        if let Some(service) = &mut self.service {
-            service.serve(|memory, chain| answer(memory, chain, statistics));
+    /// None where the request does not say what it wants, or has no room for an answer.
+    fn answer(&mut self, memory: &GuestRam, chain: Chain) -> Option<u32> {
+        let request = chain.clone().readable().next()?;
+        let answer = chain.writable().next()?;
+        if request.len() < 4 || answer.len() < 4 {
+            return None;
         }
+        let kind = u32::from_le(memory.read_obj(request.addr()).ok()?);
+        let result = if kind == FLUSH { DONE } else { REFUSED };
+        memory.write_obj(result.to_le(), answer.addr()).ok()?;
+        Some(4)
     }
-}
-
-impl VirtioDevice for Pmem {
-    fn device_type(&self) -> u32 {
-        DEVICE_TYPE
-    }
-
-    fn name(&self) -> &str {
-        &self.statistics.name
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn features(&self) -> u64 {
-        RING_EVENT_IDX
-    }
-
-    fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config =
-            usize::try_from(offset).ok().and_then(|offset| self.config.get(offset..)).unwrap_or_default();
-        for (byte, value) in data.iter_mut().zip(config.iter().chain(std::iter::repeat(&0))) {
-            *byte = *value;
-        }
-    }
-
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
-        self.service = Some(Service::start(activation)?);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.service = None;
-    }
-
-    fn on_queue(&mut self, _index: usize) {
-        self.serve();
-    }
-
-    fn on_event(&mut self, _token: u32, _readiness: Readiness) {
-        self.serve();
-    }
-
-    fn statistics(&self) -> DeviceStatistics {
-        self.statistics.clone()
-    }
-}
-
-fn answer(memory: &GuestRam, chain: Chain, statistics: &mut DeviceStatistics) -> u32 {
-    let Some(result) = flush(memory, chain) else {
-        statistics.errors += 1;
-        return 0;
-    };
-    statistics.requests += 1;
-    result
-}
-
-/// Bytes written of the answer. None where the request does not say what it wants, or has no room for an answer.
-fn flush(memory: &GuestRam, chain: Chain) -> Option<u32> {
-    let request = chain.clone().readable().next()?;
-    let answer = chain.writable().next()?;
-    if request.len() < 4 || answer.len() < 4 {
-        return None;
-    }
-    let kind = u32::from_le(memory.read_obj(request.addr()).ok()?);
-    let result = if kind == FLUSH { DONE } else { REFUSED };
-    memory.write_obj(result.to_le(), answer.addr()).ok()?;
-    Some(4)
 }
 
 #[cfg(test)]
@@ -129,14 +66,14 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::devices::virtio::{Interrupt, SharedDevice};
+    use crate::devices::virtio::{Activation, Interrupt, SharedDevice, VirtioDevice};
     use crate::event_loop::EventLoop;
 
     const MIB: u64 = 1 << 20;
 
     #[test]
     fn the_configuration_names_the_range_and_ends() {
-        let pmem = Pmem::new(&(506 * MIB..512 * MIB));
+        let pmem = Pmem::new(Persistent::new(&(506 * MIB..512 * MIB)));
         let read = |offset| {
             let mut data = [0xff; 8];
             pmem.read_config(offset, &mut data);
@@ -153,7 +90,7 @@ mod tests {
         const WRITE: u16 = 2;
         let memory = GuestRam::new(4 * MIB).unwrap();
         let event_loop = EventLoop::new().unwrap();
-        let pmem = Arc::new(Mutex::new(Pmem::new(&(2 * MIB..4 * MIB))));
+        let pmem = Arc::new(Mutex::new(Pmem::new(Persistent::new(&(2 * MIB..4 * MIB)))));
         let shared = SharedDevice::new(pmem.clone());
         let doorbells = shared.doorbells(&event_loop).unwrap();
         let mock = MockSplitQueue::new(&*memory, 16);
