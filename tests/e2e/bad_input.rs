@@ -118,24 +118,42 @@ fn a_machine_without_kvm() {
 }
 
 #[test]
+fn a_root_image_that_is_none() {
+    let text = refused_by(&host(), "[hypervisor]\nroot_image = \"/etc/passwd\"\n");
+    assert_says(&text, &["root image", "erofs"]);
+}
+
+#[test]
 fn an_agent_that_never_calls_back() {
-    let host = host();
-    let initramfs = directory("VMSHIM_TEST_DIR").join("silent.cpio");
-    silent_initramfs(&initramfs);
-    let text = refused_by(
-        &host,
-        &format!("[hypervisor]\nroot_image = \"{}\"\nboot_timeout_seconds = 8\n", initramfs.display()),
-    );
+    let text = refused_with_init("silent", "exec /busybox sleep 100000", 8);
     assert_says(&text, &["boot_timeout_seconds"]);
 }
 
-/// An initramfs whose /init sleeps for ever.
-fn silent_initramfs(path: &Path) {
+#[test]
+fn a_first_process_that_fails_is_quoted() {
+    let text = refused_with_init("failing", "echo there is no agent here; exit 1", 180);
+    assert_says(&text, &["panicked", "there is no agent here"]);
+}
+
+/// What a guest comes to whose /init is `script` and that has some seconds for its boot.
+fn refused_with_init(name: &str, script: &str, seconds: u32) -> String {
+    let initramfs = directory("VMSHIM_TEST_DIR").join(format!("{name}.cpio"));
+    write_initramfs(&initramfs, script);
+    refused_by(
+        &host(),
+        &format!(
+            "[hypervisor]\nroot_image = \"{}\"\nboot_timeout_seconds = {seconds}\n",
+            initramfs.display()
+        ),
+    )
+}
+
+fn write_initramfs(path: &Path, script: &str) {
     let tree = tempfile::tempdir().unwrap();
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
     fs::copy(busybox.expect("busybox-static is installed"), tree.path().join("busybox")).unwrap();
     let init = tree.path().join("init");
-    fs::write(&init, "#!/busybox sh\nexec /busybox sleep 100000\n").unwrap();
+    fs::write(&init, format!("#!/busybox sh\n{script}\n")).unwrap();
     fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let line =
         format!("cd {} && find . | cpio --quiet -o -H newc > {}", tree.path().display(), path.display());

@@ -1,7 +1,7 @@
 //! Guest RAM.
 //!
-//! Anonymous private memory, backed page by page as the guest touches it: no device lives in another process, so
-//! nothing has to be shared. Below 3 GiB it is one range from address 0; what is more continues at 4 GiB, above the
+//! Anonymous private memory, backed as the guest touches it, page by page but for what is asked to be huge pages: no
+//! device lives in another process, so nothing has to be shared. Below 3 GiB it is one range from address 0; what is more continues at 4 GiB, above the
 //! hole that x86 keeps for devices. Bytes in it change under our feet, since the guest writes them at any time: each
 //! field is read once, by copy.
 
@@ -108,8 +108,8 @@ impl GuestRam {
         reservation::prefer_huge_pages(&slice);
     }
 
-    /// Gives whole pages back to the host; the guest finds zeroed ones there when it touches them again. False where the
-    /// range is not that, or not RAM.
+    /// Gives whole pages back to the host. When the guest touches them again it finds zeroed ones, or where the kernel or
+    /// the root image is mapped the file's. False where the range is not whole pages, or not RAM.
     pub fn take_back(&self, start: GuestAddress, bytes: u32) -> bool {
         let Ok(len) = usize::try_from(bytes) else { return false };
         let is_pages = start.0.is_multiple_of(PAGE) && u64::from(bytes).is_multiple_of(PAGE) && len > 0;

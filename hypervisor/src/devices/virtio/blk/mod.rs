@@ -2,8 +2,8 @@
 //!
 //! Slots exist from boot on and take disks while the guest runs: an empty one is a placeholder on the bus, where the
 //! guest looks again when it is told of a disk. One that its driver has started is a disk of no sectors when it is emptied,
-//! and a change of its capacity is announced by a configuration interrupt. Requests are served one by one on the `blk` thread, so that a
-//! slow disk holds up no other device. The guest chooses every number in a request, see [`request`].
+//! and a change of its capacity is announced by a configuration interrupt. Requests are served one by one on the `blk`
+//! thread, so that a slow disk holds up no other device. The guest chooses every number in a request, see [`request`].
 
 mod buffers;
 mod disk;
