@@ -1,22 +1,20 @@
 //! Sockets of the host inside containers: a container connects to a Unix socket that the agent listens on, the shim is
 //! told, connects to the host's socket, and names a port on which the agent reaches it.
 //!
-//! Containers are hostile: how many connections there are at once is bounded, and one too many is closed at once. Runs on
-//! the agent's one thread; the lock is held for a look-up, never over an await.
+//! Containers are hostile: how many connections there are at once is bounded, and one too many is closed at once.
 
 use crate::containers::internal;
+use crate::dials::Dials;
 use crate::events::Events;
 use crate::failure::Failure;
-use crate::link::{Dialer, Stream};
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use tokio::io::copy_bidirectional;
 use tokio::net::UnixListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use vmshim_protocol::agent::Socket;
 
@@ -29,17 +27,11 @@ const MOST_CONNECTIONS: usize = 512;
 /// Permission bits.
 const MODE: u32 = 0o777;
 
-/// The connections that wait for the host.
+/// Makes them, and follows their connections.
 pub struct Sockets {
     events: Arc<Events>,
+    dials: Arc<Dials>,
     free: Arc<Semaphore>,
-    waiting: Mutex<Waiting>,
-}
-
-#[derive(Default)]
-struct Waiting {
-    last: u64,
-    connections: HashMap<u64, (Stream, OwnedSemaphorePermit)>,
 }
 
 /// A container's listeners, closed when dropped.
@@ -54,8 +46,8 @@ impl Drop for Listeners {
 
 impl Sockets {
     /// None yet.
-    pub fn new(events: Arc<Events>) -> Self {
-        Self { events, free: Arc::new(Semaphore::new(MOST_CONNECTIONS)), waiting: Mutex::default() }
+    pub fn new(events: Arc<Events>, dials: Arc<Dials>) -> Self {
+        Self { events, dials, free: Arc::new(Semaphore::new(MOST_CONNECTIONS)) }
     }
 
     /// Listens on a container's sockets, which are made in its directory.
@@ -85,46 +77,28 @@ impl Sockets {
     }
 
     async fn accept(&self, listener: &UnixListener, container: &str, number: u32) {
-        while let Ok((connection, _)) = listener.accept().await {
+        while let Ok((mut guest, _)) = listener.accept().await {
             let Ok(permit) = self.free.clone().try_acquire_owned() else { continue };
-            let stream = connection.into_std().and_then(|connection| Stream::new(connection.into()));
-            let Ok(stream) = stream else { continue };
-            let id = {
-                let mut waiting = self.lock();
-                waiting.last += 1;
-                let id = waiting.last;
-                waiting.connections.insert(id, (stream, permit));
-                id
-            };
-            self.events.socket_dialled(container, number, id);
+            let (events, dials, container) = (self.events.clone(), self.dials.clone(), container.to_owned());
+            tokio::spawn(async move {
+                let tell = |connection| events.socket_dialled(&container, number, connection);
+                if let Some(mut host) = dials.request(tell).await {
+                    // Either side may break off; the other is closed with it.
+                    let _ = copy_bidirectional(&mut guest, &mut host).await;
+                }
+                drop(permit);
+            });
         }
-    }
-
-    /// Joins a waiting connection to the host's, which listens on `port`; closes it where that is 0. A connection that
-    /// is not there any more is nobody's loss.
-    pub async fn connect(&self, connection: u64, port: u32, dialer: &dyn Dialer) -> io::Result<()> {
-        let found = self.lock().connections.remove(&connection);
-        let Some((mut guest, permit)) = found.filter(|_| port != 0) else { return Ok(()) };
-        let mut host = dialer.dial(port).await?;
-        tokio::spawn(async move {
-            // Either side may break off; the other is closed with it.
-            let _ = copy_bidirectional(&mut guest, &mut host).await;
-            drop(permit);
-        });
-        Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        // Nothing that holds the lock can panic half-way.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::{Dialer, Stream};
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::os::fd::OwnedFd;
+    use std::sync::Mutex;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 
@@ -139,6 +113,17 @@ mod tests {
         }
     }
 
+    fn sockets() -> (Arc<Dials>, Arc<Sockets>) {
+        let dials = Arc::<Dials>::default();
+        (dials.clone(), Arc::new(Sockets::new(Arc::default(), dials)))
+    }
+
+    async fn until_one_waits(dials: &Dials) {
+        while dials.waiting() == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
     fn socket(number: u32) -> Socket {
         Socket { number, mode: 0o10600, ..Default::default() }
     }
@@ -146,18 +131,16 @@ mod tests {
     #[tokio::test]
     async fn a_connection_reaches_the_host_and_half_closes() {
         let directory = tempfile::tempdir().unwrap();
-        let sockets = Arc::new(Sockets::new(Arc::default()));
+        let (dials, sockets) = sockets();
         let listeners = sockets.listen("c", directory.path(), &[socket(0)]).unwrap();
         let path = directory.path().join("sockets/0");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
         let mut guest = UnixStream::connect(&path).await.unwrap();
-        while sockets.lock().connections.is_empty() {
-            tokio::task::yield_now().await;
-        }
+        until_one_waits(&dials).await;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (agents, hosts) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags).unwrap();
         let mut host = Stream::new(hosts).unwrap();
-        sockets.connect(1, 9, &Host(Mutex::new(Some(agents)))).await.unwrap();
+        dials.answer(1, 9, &Host(Mutex::new(Some(agents)))).await.unwrap();
         guest.shutdown().await.unwrap();
         let mut text = String::new();
         host.read_to_string(&mut text).await.unwrap();
@@ -174,14 +157,15 @@ mod tests {
     #[tokio::test]
     async fn one_connection_too_many_and_one_that_is_refused_are_closed() {
         let directory = tempfile::tempdir().unwrap();
-        let sockets = Arc::new(Sockets::new(Arc::default()));
+        let (dials, sockets) = sockets();
         let _listeners = sockets.listen("c", directory.path(), &[socket(0)]).unwrap();
         let path = directory.path().join("sockets/0");
         let all = sockets.free.clone().acquire_many_owned(511).await.unwrap();
         let mut first = UnixStream::connect(&path).await.unwrap();
         let mut second = UnixStream::connect(&path).await.unwrap();
         assert_eq!(second.read(&mut [0]).await.unwrap(), 0);
-        sockets.connect(1, 0, &Host(Mutex::default())).await.unwrap();
+        until_one_waits(&dials).await;
+        dials.answer(1, 0, &Host(Mutex::default())).await.unwrap();
         assert_eq!(first.read(&mut [0]).await.unwrap(), 0);
         drop(all);
         assert_eq!(sockets.free.available_permits(), MOST_CONNECTIONS);

@@ -10,6 +10,7 @@ mod cgroup;
 mod config;
 mod events;
 mod hooks;
+mod host_network;
 mod ids;
 mod logging;
 mod network;

@@ -12,6 +12,7 @@ mod bad_input;
 mod exec;
 mod fixture;
 mod hooks;
+mod host_network;
 mod images;
 mod isolation;
 mod kill;

@@ -7,10 +7,10 @@
 
 use super::Cgroup;
 use crate::engine::error::{Context, Error, Result};
-use crate::sys::{check, check_fd};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use vmshim_protocol::bpf::{self, Hook};
 
 const MKNOD: u8 = 1;
 const READ: u8 = 2;
@@ -98,7 +98,6 @@ impl Rule {
 
 /// One eBPF instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
 struct Instruction {
     code: u8,
     /// Destination in the low half, source in the high one.
@@ -175,25 +174,11 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     action
 }
 
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
-const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
-const BPF_PROG_QUERY: libc::c_int = 16;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_PROG_ATTACH: u32 = 8;
+const BPF_PROG_GET_FD_BY_ID: u32 = 13;
+const BPF_PROG_QUERY: u32 = 16;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_F_REPLACE: u32 = 4;
-
-#[repr(C)]
-struct LoadRequest {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buffer: u64,
-}
 
 #[repr(C)]
 struct AttachRequest {
@@ -221,25 +206,10 @@ struct GetRequest {
     open_flags: u32,
 }
 
-fn bpf<T>(command: libc::c_int, request: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the request is a structure that the kernel's header defines for the command, passed with its size, and
-    // the addresses in it are of buffers that live until after the call.
-    check(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(request), size_of::<T>()) })
-}
-
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let license = c"Apache-2.0";
-    let mut request = LoadRequest {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(program.len())
-            .map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
-        instructions: program.as_ptr().addr() as u64,
-        license: license.as_ptr().addr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buffer: 0,
-    };
-    check_fd(bpf(BPF_PROG_LOAD, &mut request)?)
+    let words: Vec<u64> =
+        program.iter().map(|i| bpf::encode(i.code, i.registers, i.offset, i.immediate)).collect();
+    bpf::load(Hook::Device, &words)
 }
 
 /// Attaches a program in the place of the one that is attached, so that at no moment there is none.
@@ -248,27 +218,27 @@ fn replace(cgroup: &Cgroup, program: &OwnedFd) -> io::Result<()> {
     let mut ids = [0u32; 1];
     let mut query = QueryRequest {
         target,
-        attach_type: BPF_CGROUP_DEVICE,
+        attach_type: Hook::Device.attach_type(),
         query_flags: 0,
         attach_flags: 0,
         program_ids: ids.as_mut_ptr().addr() as u64,
         program_count: 1,
     };
-    bpf(BPF_PROG_QUERY, &mut query)?;
+    bpf::bpf(BPF_PROG_QUERY, &mut query)?;
     let old = match (query.program_count, ids) {
         (0, _) => None,
         (_, [id]) => {
-            Some(check_fd(bpf(BPF_PROG_GET_FD_BY_ID, &mut GetRequest { id, next_id: 0, open_flags: 0 })?)?)
+            Some(bpf::bpf_fd(BPF_PROG_GET_FD_BY_ID, &mut GetRequest { id, next_id: 0, open_flags: 0 })?)
         }
     };
     let mut attach = AttachRequest {
         target,
         program: program.as_raw_fd().cast_unsigned(),
-        attach_type: BPF_CGROUP_DEVICE,
+        attach_type: Hook::Device.attach_type(),
         flags: BPF_F_ALLOW_MULTI | if old.is_some() { BPF_F_REPLACE } else { 0 },
         replaced: old.as_ref().map_or(0, |old| old.as_raw_fd().cast_unsigned()),
     };
-    bpf(BPF_PROG_ATTACH, &mut attach).map(drop)
+    bpf::bpf(BPF_PROG_ATTACH, &mut attach).map(drop)
 }
 
 #[cfg(test)]

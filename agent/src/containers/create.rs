@@ -63,6 +63,7 @@ impl Containers {
             cgroup: self.cgroup(id),
             terminal: request::terminal(&stdio)?,
             shared: self.places.shared.clone(),
+            host_network: self.host_network.is_shared(),
             task: Task::Create {
                 directory: self.directory(id),
                 root,
@@ -138,6 +139,7 @@ impl Containers {
             cgroup: self.cgroup(&container.id),
             terminal: request::terminal(&stdio)?,
             shared: self.places.shared.clone(),
+            host_network: self.host_network.is_shared(),
             task: Task::Exec { namespaces: container.namespaces.all() },
         };
         let document =
@@ -183,6 +185,9 @@ impl Containers {
         };
         if let Some(master) = made.terminal {
             process.set_terminal(master);
+        }
+        if let Some(servers) = made.servers {
+            self.host_network.follow(servers);
         }
         if !process.created(Waiting { control: made.control, input })
             && let Stage::Exited(status) = process.stage()

@@ -32,6 +32,7 @@ impl Containers {
             cgroup: self.cgroup(&container.id),
             terminal: None,
             shared: self.places.shared.clone(),
+            host_network: false,
             task: Task::Files { namespaces: container.namespaces.all(), path, direction },
         };
         let document = Document::write(&plan, b"null").map_err(|error| internal("write the plan", &error))?;

@@ -27,6 +27,8 @@ pub struct Made {
     pub control: Control,
     /// The terminal's master.
     pub terminal: Option<OwnedFd>,
+    /// By which it asks where it may listen, where it shares the host's network.
+    pub servers: Option<OwnedFd>,
 }
 
 /// Has an engine make `process` by the document in the first of `fds`. `on_exit` is called once when the process that
@@ -40,7 +42,7 @@ pub async fn make(
 ) -> Result<Made, Failure> {
     let expectation = reaper.expect();
     let control = begin(program, fds).map_err(|error| internal("start the container engine", &error))?;
-    let mut terminal = None;
+    let (mut terminal, mut servers) = (None, None);
     let mut on_exit = Some(on_exit);
     loop {
         let (report, mut fds) = control.next().await?.ok_or_else(|| died(process))?;
@@ -53,7 +55,8 @@ pub async fn make(
                 expectation.claim(pid, on_exit);
             }
             Report::Terminal => terminal = Some(fds.pop().ok_or_else(nonsense)?),
-            Report::Ready => return Ok(Made { control, terminal }),
+            Report::Servers => servers = Some(fds.pop().ok_or_else(nonsense)?),
+            Report::Ready => return Ok(Made { control, terminal, servers }),
             Report::Failed(failure) => return Err(failure),
             Report::Done => return Err(nonsense()),
         }

@@ -26,8 +26,10 @@ pub use making::internal;
 pub use process::{Process, Stage};
 pub use request::size as request_size;
 
+use crate::dials::Dials;
 use crate::events::Events;
 use crate::failure::{Failure, Kind};
+use crate::host_network::HostNetwork;
 use crate::link::Dialer;
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
@@ -55,6 +57,8 @@ pub struct Containers {
     events: Arc<Events>,
     dialer: Box<dyn Dialer>,
     sockets: Arc<Sockets>,
+    dials: Arc<Dials>,
+    host_network: HostNetwork,
     table: Mutex<HashMap<String, Entry>>,
     /// Holds the pod's own namespaces, where it has such.
     pod: tokio::sync::OnceCell<Arc<Process>>,
@@ -69,9 +73,11 @@ enum Entry {
 impl Containers {
     /// An empty table.
     pub fn new(places: Places, reaper: Arc<Reaper>, events: Arc<Events>, dialer: Box<dyn Dialer>) -> Self {
-        let sockets = Arc::new(Sockets::new(events.clone()));
+        let dials = Arc::<Dials>::default();
+        let sockets = Arc::new(Sockets::new(events.clone(), dials.clone()));
+        let host_network = HostNetwork::new(places.cgroups.clone(), events.clone(), dials.clone());
         let pod = tokio::sync::OnceCell::new();
-        Self { places, reaper, events, dialer, sockets, table: Mutex::default(), pod }
+        Self { places, reaper, events, dialer, sockets, dials, host_network, table: Mutex::default(), pod }
     }
 
     /// The container of this id.
@@ -91,10 +97,15 @@ impl Containers {
         &self.events
     }
 
-    /// Joins a connection to one of a container's sockets to the host's.
+    /// What containers have of the host's network.
+    pub fn host_network(&self) -> &HostNetwork {
+        &self.host_network
+    }
+
+    /// Joins a connection that waits for the host to the host's end of it.
     pub async fn connect_socket(&self, connection: u64, port: u32) -> Result<(), Failure> {
-        let joined = self.sockets.connect(connection, port, &*self.dialer).await;
-        joined.map_err(|error| internal("reach the host's socket", &error))
+        let joined = self.dials.answer(connection, port, &*self.dialer).await;
+        joined.map_err(|error| internal("reach the host's end of a connection", &error))
     }
 
     /// Forgets an exited or unstarted exec, or removes a container with all that is its own.

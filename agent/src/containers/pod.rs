@@ -43,6 +43,7 @@ impl Containers {
             cgroup: self.places.cgroups.clone(),
             terminal: None,
             shared: self.places.shared.clone(),
+            host_network: false,
             task: Task::Pod { hostname: request.hostname, sysctls: request.sysctls.into_iter().collect() },
         };
         let document = Document::write(&plan, b"null").map_err(|error| internal("write the plan", &error))?;

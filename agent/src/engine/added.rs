@@ -158,7 +158,8 @@ impl Added<'_> {
         }
         seal_descriptors()?;
         let personality = self.container.linux().as_ref().and_then(|linux| linux.personality().as_ref());
-        let around = process::Surroundings { filter, personality, added: true };
+        let asked = self.plan.host_network.then_some(agent);
+        let around = process::Surroundings { filter, personality, added: true, asked };
         let prepared = process::prepare(self.process, around)?;
         Err(finish(agent, prepared, || Ok(())))
     }

@@ -156,8 +156,12 @@ impl Container<'_> {
         }
         rootfs::seal(self.spec, self.linux, later)?;
         seal_descriptors()?;
-        let around =
-            process::Surroundings { filter, personality: self.linux.personality().as_ref(), added: false };
+        let around = process::Surroundings {
+            filter,
+            personality: self.linux.personality().as_ref(),
+            added: false,
+            asked: self.plan.host_network.then_some(agent),
+        };
         let prepared = process::prepare(self.process, around)?;
         Err(finish(agent, prepared, || self.run_start_hooks()))
     }

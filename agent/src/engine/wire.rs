@@ -4,7 +4,8 @@
 //!
 //! 1. agent → engine: one byte, with descriptors: the [`Document`], then those that [`Plan`] names, in its order.
 //! 2. engine → agent: [`Report::Spawned`] with a pidfd, then from the new process itself [`Report::Terminal`] with the
-//!    terminal's master (where one is asked for) and [`Report::Ready`]; or [`Report::Failed`] at any point.
+//!    terminal's master (where one is asked for), [`Report::Servers`] (where the host's network is shared) and
+//!    [`Report::Ready`]; or [`Report::Failed`] at any point.
 //! 3. agent → new process: one byte, which lets it run.
 //! 4. new process → agent: [`Report::Failed`], or the end of the stream, by which the program is running.
 //!
@@ -42,6 +43,8 @@ pub struct Plan {
     pub terminal: Option<Size>,
     /// Where the shared virtio-fs directory is mounted.
     pub shared: PathBuf,
+    /// Processes share the host's network: where they are about to listen, the agent is asked.
+    pub host_network: bool,
     /// What to make.
     pub task: Task,
 }
@@ -181,6 +184,8 @@ pub enum Report {
     Spawned(u32),
     /// The master of the process's terminal comes along.
     Terminal,
+    /// The listener of the filter that asks where the process and its children listen comes along.
+    Servers,
     /// The process is prepared and waits to be let go.
     Ready,
     /// There was no process to make, and all is done.
@@ -299,6 +304,7 @@ mod tests {
             cgroup: "/sys/fs/cgroup/a".into(),
             terminal: Some(Size { width: 80, height: 24 }),
             shared: "/shared".into(),
+            host_network: false,
             task: Task::Exec { namespaces: 7 },
         };
         let fd = Document::write(&plan, b"[1,2]").unwrap();
@@ -313,6 +319,7 @@ mod tests {
             cgroup: "/".into(),
             terminal: None,
             shared: "/".into(),
+            host_network: false,
             task: Task::Exec { namespaces: 0 },
         }
     }

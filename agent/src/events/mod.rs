@@ -1,16 +1,21 @@
 //! What has happened in the guest, kept until the shim has been told.
 //!
-//! Every process has at most one exit in the queue, every container at most one unsaid out-of-memory and every open
-//! connection one dial, so the queue is bounded by what exists. An event leaves the queue only when it has been written to a stream; a newer stream takes
+//! Every process has at most one exit in the queue, every container at most one unsaid out-of-memory, every open
+//! connection one dial and every server its beginning and its end, so the queue is bounded by what exists. An event leaves the queue only when it has been written to a stream; a newer stream takes
 //! over from an older one.
 
+use crate::host_network::Place;
+use crate::network::endpoint;
 use std::collections::VecDeque;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use vmshim_protocol::agent::event;
-use vmshim_protocol::agent::{Event, OutOfMemory, ProcessExited, SocketDialled};
+use vmshim_protocol::agent::{
+    Event, HostDialled, HostListen, HostUnlisten, OutOfMemory, ProcessExited, SocketDialled,
+};
 
 /// The queue.
 #[derive(Default)]
@@ -54,6 +59,33 @@ impl Events {
         let dialled =
             SocketDialled { container_id: container_id.to_owned(), number, connection, ..Default::default() };
         self.push(event::Event::SocketDialled(dialled));
+    }
+
+    /// Somebody in a container has connected, or sent a datagram, to what may be on the host.
+    pub fn host_dialled(&self, connection: u64, to: SocketAddr, datagrams: bool) {
+        let to = Some(endpoint::write(to)).into();
+        let dialled = HostDialled { connection, to, datagrams, ..Default::default() };
+        self.push(event::Event::HostDialled(dialled));
+    }
+
+    /// Somebody in a container is about to listen.
+    pub fn host_listen(&self, id: u64, place: Place) {
+        let at = Some(endpoint::write(place.at)).into();
+        let listen = HostListen { id, at, ipv6_only: place.ipv6_only, ..Default::default() };
+        self.push(event::Event::HostListen(listen));
+    }
+
+    /// Nobody listens there any more.
+    pub fn host_unlisten(&self, place: Place) {
+        let at = Some(endpoint::write(place.at)).into();
+        let unlisten = HostUnlisten { at, ipv6_only: place.ipv6_only, ..Default::default() };
+        self.push(event::Event::HostUnlisten(unlisten));
+    }
+
+    /// How many events wait to be heard.
+    #[cfg(test)]
+    pub fn waiting(&self) -> usize {
+        self.lock().queue.len()
     }
 
     /// Hands each event to `send`, oldest first, until that fails or another listener comes.

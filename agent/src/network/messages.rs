@@ -11,9 +11,12 @@ use vmshim_protocol::netlink::route::neighbour::{
 };
 use vmshim_protocol::netlink::route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
-    RouteType, RouteVia,
+    RouteScope, RouteType, RouteVia,
 };
 use vmshim_protocol::netlink::route::{AddressFamily, RouteNetlinkMessage};
+
+/// `RT_TABLE_LOCAL`: what the kernel takes for its own.
+const LOCAL_TABLE: u8 = 255;
 
 /// Gives the interface another name.
 pub fn rename(index: u32, name: String) -> RouteNetlinkMessage {
@@ -101,6 +104,22 @@ pub fn route(route: &Route, index: u32) -> RouteNetlinkMessage {
         message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
     }
     RouteNetlinkMessage::NewRoute(message)
+}
+
+/// Makes all addresses of both families local to an interface, and the loopback's own the source of what goes there.
+pub fn every_address(index: u32) -> [RouteNetlinkMessage; 2] {
+    let sources = [IpAddr::from([127, 0, 0, 1]), IpAddr::from(std::net::Ipv6Addr::LOCALHOST)];
+    sources.map(|source| {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(source);
+        message.header.table = LOCAL_TABLE;
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.scope = RouteScope::Host;
+        message.header.kind = RouteType::Local;
+        message.attributes.push(RouteAttribute::Oif(index));
+        message.attributes.push(RouteAttribute::PrefSource(route_address(source)));
+        RouteNetlinkMessage::NewRoute(message)
+    })
 }
 
 /// Adds a neighbour for good.

@@ -4,13 +4,13 @@
 //! being possible at all, so that an error names the field. Interfaces are known by their slot, see
 //! [`vmshim_protocol::nic`]. All of it waits for the kernel, so it runs on a thread that may.
 
-mod localhost;
+pub mod endpoint;
 mod messages;
 mod request;
+mod tcp;
 
 use crate::failure::{Failure, Kind, describe};
 use crate::sys::slots;
-pub use localhost::connect;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use request::Interface;
@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
+pub use tcp::connect;
 use vmshim_protocol::agent::ConfigureNetworkRequest;
 use vmshim_protocol::netlink::route::RouteNetlinkMessage;
 use vmshim_protocol::netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
@@ -35,6 +36,20 @@ pub async fn configure(request: ConfigureNetworkRequest) -> Result<(), Failure> 
     let interfaces = request::parse(&request)?;
     let done = tokio::task::spawn_blocking(move || apply(&interfaces)).await;
     done.unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "the network's thread has died")))
+}
+
+/// Makes every address one of the guest's own, at its loopback interface.
+pub async fn share_addresses() -> Result<(), Failure> {
+    let done = tokio::task::spawn_blocking(|| -> io::Result<()> {
+        let loopback = nix::net::if_::if_nametoindex("lo")?;
+        let mut netlink = Netlink::open()?;
+        for route in messages::every_address(loopback) {
+            netlink.change(route, NLM_F_CREATE | NLM_F_REPLACE)?;
+        }
+        Ok(())
+    });
+    let done = done.await.unwrap_or_else(|_| Err(io::Error::other("the thread has died")));
+    done.map_err(|error| internal("route every address to the loopback interface", &error))
 }
 
 fn internal(what: &str, error: &io::Error) -> Failure {

@@ -9,10 +9,10 @@ use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use vmshim_protocol::agent::{
-    Agent, ConfigureNetworkRequest, ConnectLocalhostRequest, ConnectSocketRequest, ContainerRequest,
-    CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess, ListProcessesResponse,
-    ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest, SignalProcessRequest, StatsResponse,
-    TransferFilesRequest, UpdateContainerRequest,
+    Agent, ConfigureNetworkRequest, ConnectSocketRequest, ConnectTcpRequest, ContainerRequest,
+    CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess, HostListeningRequest,
+    ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest,
+    SignalProcessRequest, StatsResponse, TransferFilesRequest, UpdateContainerRequest,
 };
 
 /// The service.
@@ -165,12 +165,20 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn connect_localhost(
-        &self,
-        _: &TtrpcContext,
-        request: ConnectLocalhostRequest,
-    ) -> ttrpc::Result<Empty> {
+    async fn connect_tcp(&self, _: &TtrpcContext, request: ConnectTcpRequest) -> ttrpc::Result<Empty> {
+        self.containers.host_network().check_inward(&request)?;
         crate::network::connect(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn share_host_network(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.ready.cpus().await;
+        self.containers.host_network().share().await?;
+        Ok(Empty::new())
+    }
+
+    async fn host_listening(&self, _: &TtrpcContext, request: HostListeningRequest) -> ttrpc::Result<Empty> {
+        self.containers.host_network().answered(request.id, request.errno)?;
         Ok(Empty::new())
     }
 

@@ -5,6 +5,8 @@
 pub mod mountfd;
 pub mod pipe;
 pub mod process;
+pub mod ring;
+pub mod seccomp;
 pub mod slots;
 
 use std::ffi::CString;

@@ -55,8 +55,12 @@ impl AgentConnection {
         power_off(api::Empty) -> api::Empty;
         /// Configures network interfaces.
         configure_network(api::ConfigureNetworkRequest) -> api::Empty;
-        /// Connects a stream to a port of the guest's localhost.
-        connect_localhost(api::ConnectLocalhostRequest) -> api::Empty;
+        /// Connects a stream to a TCP port of the guest.
+        connect_tcp(api::ConnectTcpRequest) -> api::Empty;
+        /// Shares the host's network.
+        share_host_network(api::Empty) -> api::Empty;
+        /// Says whether the host listens.
+        host_listening(api::HostListeningRequest) -> api::Empty;
         /// Makes a container and its init process.
         create_container(api::CreateContainerRequest) -> api::ProcessCreated;
         /// Prepares one more process.
@@ -77,7 +81,7 @@ impl AgentConnection {
         pause_container(api::ContainerRequest) -> api::Empty;
         /// Thaws a container.
         resume_container(api::ContainerRequest) -> api::Empty;
-        /// Joins a connection to a socket with the host's.
+        /// Joins a connection that waits for the host with the host's end.
         connect_socket(api::ConnectSocketRequest) -> api::Empty;
     }
 

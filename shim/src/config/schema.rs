@@ -153,6 +153,10 @@ settings! {
         log_level: LogLevel = LogLevel::Info;
         /// How long a call to the guest may take where the caller sets no deadline, in seconds.
         request_timeout_seconds: u32 = 60u32, in 1..=3_600u32;
+        /// Whether containers of the host's network (hostNetwork: true, ctr run --net-host) can reach the host's TCP and
+        /// UDP servers and what is beyond, and listen for TCP connections on the host, by sockets that the shim opens
+        /// for them. Otherwise they have loopback only.
+        host_network: bool = true;
         /// Settings that a pod may change for itself, each by an annotation: "hypervisor.default_vcpus" by
         /// io.vmshim.hypervisor.default_vcpus. Ranges and maxima hold for pods, too. It can have, besides that one,
         /// hypervisor.boot_timeout_seconds, .default_memory_mib, .kernel_params, .nic_slots and .overhead_memory_mib.

@@ -49,6 +49,17 @@ macro_rules! integer_settings {
 
 integer_settings!(u8, u32);
 
+impl Setting for bool {
+    fn read(value: &DeValue<'_>) -> Result<Self, String> {
+        value.as_bool().ok_or_else(|| format!("must be true or false, not {}", article(value)))
+    }
+
+    #[cfg(test)]
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
 impl Setting for String {
     fn read(value: &DeValue<'_>) -> Result<Self, String> {
         text(value).map(str::to_owned)

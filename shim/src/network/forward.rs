@@ -1,12 +1,13 @@
-//! Connections to the pod's own localhost.
+//! Connections made within the pod's network namespace.
 //!
 //! containerd forwards a port by a connection to `localhost` inside the pod's network namespace, where with runc the
-//! pod's processes are. Here they are in the guest, so every such connection is taken in, whatever its port: the guest's
-//! agent connects to the same port of the guest's localhost, and the VMM gets the connection's descriptor and moves the
-//! bytes. Nothing listens on a port that could be in somebody's way, and nobody has to know which ports the guest has.
+//! pod's processes are. Here they are in the guest, so every connection to one of the namespace's own addresses is taken
+//! in, whatever its port: the guest's agent connects to the same address and port in the guest, and the VMM gets the
+//! connection's descriptor and moves the bytes. Nothing listens on a port that could be in somebody's way, and nobody has
+//! to know which ports the guest has.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +18,14 @@ use vmshim_protocol::agent as api;
 use vmshim_protocol::control::FdRole;
 
 use super::netns::Netns;
-use super::steering::steer_loopback;
+use super::steering::steer_all;
+use crate::host_network::endpoint;
 use crate::vm::Vm;
 
 /// How long the guest may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// Takes in connections to the localhost of a network namespace.
+/// Takes in connections to the addresses of a network namespace.
 pub struct Forwarder {
     listener: TcpListener,
     /// Kept for what it does while it is open.
@@ -37,7 +39,7 @@ impl Forwarder {
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))?;
         listener.set_nonblocking(true)?;
-        let steering = steer_loopback(netns, &listener)?;
+        let steering = steer_all(netns, &listener)?;
         Ok(Self { listener, steering })
     }
 
@@ -56,7 +58,7 @@ impl Forwarder {
                     // The client has gone already.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
-                        log::error!("connections to the pod's localhost are no longer taken in: {error}");
+                        log::error!("connections in the pod's namespace are no longer taken in: {error}");
                         break;
                     }
                 }
@@ -68,23 +70,17 @@ impl Forwarder {
 
 async fn hand_on(vm: Arc<Vm>, connection: TcpStream) {
     let Ok(address) = connection.local_addr() else { return };
-    if let Err(error) = connect(&vm, connection, address.port(), address.ip().to_canonical().is_ipv6()).await
-    {
-        log::info!("a connection to port {} of the pod's localhost fails: {error}", address.port());
+    if let Err(error) = connect(&vm, connection, address).await {
+        log::info!("a connection to {address} in the pod's namespace fails: {error}");
     }
 }
 
-async fn connect(
-    vm: &Vm,
-    connection: TcpStream,
-    tcp_port: u16,
-    ipv6: bool,
-) -> Result<(), super::NetworkError> {
+async fn connect(vm: &Vm, connection: TcpStream, to: SocketAddr) -> Result<(), super::NetworkError> {
     let deadline = Instant::now() + CONNECT_LIMIT;
     let (port, _closed) = vm.expect(&[(FdRole::StreamSocket, connection.as_fd())], deadline).await?;
     let request =
-        api::ConnectLocalhostRequest { stream: port.0, port: tcp_port.into(), ipv6, ..Default::default() };
-    if let Err(error) = vm.agent().connect_localhost(&request, deadline).await {
+        api::ConnectTcpRequest { stream: port.0, to: Some(endpoint(to)).into(), ..Default::default() };
+    if let Err(error) = vm.agent().connect_tcp(&request, deadline).await {
         vm.forget(port, deadline).await;
         return Err(error.into());
     }

@@ -17,11 +17,6 @@ type Outcome = Result<(), Arc<NetworkError>>;
 pub struct Ready(watch::Receiver<Option<Outcome>>);
 
 impl Ready {
-    /// There is nothing to wait for.
-    pub fn nothing() -> Self {
-        Self(watch::Sender::new(Some(Ok(()))).subscribe())
-    }
-
     /// Begins to give the guest the interfaces of the network namespace at `path`, of which there may be `slots`.
     pub fn begin(path: PathBuf, slots: u8, journal: Arc<Journal>, vm: Arc<Vm>, deadline: Instant) -> Self {
         let (sender, receiver) = watch::channel(None);
@@ -58,8 +53,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn nothing_is_ready_at_once_and_a_lost_outcome_is_an_error() {
-        assert!(Ready::nothing().wait().await.is_ok());
+    async fn a_lost_outcome_is_an_error() {
         let (sender, receiver) = watch::channel(None);
         drop(sender);
         assert!(Ready(receiver).wait().await.is_err());

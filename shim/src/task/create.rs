@@ -94,6 +94,7 @@ async fn build(
             spec.bind_by_default(&source, &destination);
         }
     }
+    let wants_host_network = spec.wants_host_network() && !pod.has_netns();
     let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id, place)?;
     container.set_sockets(sockets.clone());
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
@@ -140,6 +141,9 @@ async fn build(
         ..Default::default()
     };
     pod.network_ready(vm).await?;
+    if wants_host_network {
+        pod.in_guest(vm, pod.host_network.share(vm, deadline)).await?;
+    }
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
 }
 

@@ -17,6 +17,7 @@ use crate::bootstrap::Serving;
 use crate::cgroup::{Cgroup, InvalidPath};
 use crate::config::{Config, ConfigError, OptionsError, RuntimeOptions};
 use crate::events::Publisher;
+use crate::host_network::HostNetwork;
 use crate::ids::Name;
 use crate::network::Ready;
 use crate::oci::{Limits, Spec, SpecError};
@@ -98,10 +99,13 @@ pub struct Pod {
     pub reaper: Reaper,
     /// Streams that clients have opened.
     pub streams: Arc<Waiting>,
+    /// What the guest has of the host's network.
+    pub host_network: HostNetwork,
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
-    network: OnceLock<Ready>,
+    /// None where there is no network namespace.
+    network: OnceLock<Option<Ready>>,
     prepared: Mutex<Option<Result<Prepared, BootError>>>,
     request_timeout: Duration,
     containers: Mutex<BTreeMap<Name, Arc<Container>>>,
@@ -133,6 +137,7 @@ impl Pod {
             journal: prepared.as_ref().ok().map(|prepared| prepared.journal.clone()),
             reaper: reaper.clone(),
             streams: Arc::default(),
+            host_network: HostNetwork::new(settings.runtime.host_network),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
             network: OnceLock::new(),
@@ -259,7 +264,7 @@ impl Pod {
     /// # Errors
     /// Why it has not, or why the VM ended.
     pub async fn network_ready(&self, vm: &Vm) -> Result<(), TaskError> {
-        let Some(network) = self.network.get() else { return Ok(()) };
+        let Some(Some(network)) = self.network.get() else { return Ok(()) };
         match network.wait().await {
             Ok(()) => Ok(()),
             Err(error) if error.guest_is_gone() => {
@@ -271,6 +276,11 @@ impl Pod {
             }
             Err(error) => Err(TaskError::Network(error)),
         }
+    }
+
+    /// Whether the pod has a network namespace, which is the guest's network then.
+    pub fn has_netns(&self) -> bool {
+        matches!(self.network.get(), Some(Some(_)))
     }
 
     /// Asks the process to end.
@@ -296,7 +306,7 @@ impl Pod {
         self.stop_vm().await;
         log::debug!("the VM is gone");
         // What is still being made would not be undone. Where it hangs, `delete` ends this process first.
-        if let Some(network) = self.network.get()
+        if let Some(Some(network)) = self.network.get()
             && tokio::time::timeout(NETWORK_LIMIT, network.wait()).await.is_err()
         {
             log::warn!("the pod's network is still being set up");
@@ -327,6 +337,7 @@ impl Pod {
             journal: None,
             reaper: Reaper::default(),
             streams: Arc::default(),
+            host_network: HostNetwork::new(false),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
             network: OnceLock::new(),
@@ -378,9 +389,6 @@ impl Shape {
     /// When its spec is not understood.
     fn of_bundle(bundle: &Path) -> Result<Self, BootError> {
         let spec = Spec::read(bundle)?;
-        if spec.wants_host_network() {
-            log::info!("the host's network cannot be shared with a VM: it has loopback only");
-        }
         let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
         let netns = spec.network_namespace().map(Path::to_owned);
         let annotations = spec.annotations().clone();
@@ -396,7 +404,7 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<(Arc<Vm>, Ready), BootError> {
+    fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<(Arc<Vm>, Option<Ready>), BootError> {
         let config = self.config.for_pod(&shape.annotations)?;
         let (hypervisor, runtime) = (&config.hypervisor, &config.runtime);
         let nic_slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
@@ -411,7 +419,7 @@ impl Prepared {
             debug: log::log_enabled!(log::Level::Debug),
         };
         let vm = launcher.launch(&self.journal, &self.reaper, || mount_shared(dir, &self.journal))?;
-        let network = shape.netns.map_or_else(Ready::nothing, |netns| {
+        let network = shape.netns.map(|netns| {
             let limit = hypervisor.boot_timeout_seconds + runtime.request_timeout_seconds;
             let deadline = Instant::now() + Duration::from_secs(limit.into());
             Ready::begin(netns, nic_slots, self.journal.clone(), vm.clone(), deadline)

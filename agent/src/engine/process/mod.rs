@@ -10,11 +10,13 @@ pub use limits::set_affinity;
 
 use super::error::{Context, Error, Result};
 use super::seccomp::Filter;
+use super::wire::{self, Report};
 use crate::sys::process::prctl;
+use crate::sys::seccomp;
 use capabilities::Sets;
 use oci_spec::runtime::{LinuxPersonality, Process};
 use program::Program;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// What the container, not its process, decides for each of its processes.
 pub struct Surroundings<'a> {
@@ -24,6 +26,8 @@ pub struct Surroundings<'a> {
     pub personality: Option<&'a LinuxPersonality>,
     /// For a process that is added, not the first.
     pub added: bool,
+    /// Who is asked where the process is about to listen.
+    pub asked: Option<BorrowedFd<'a>>,
 }
 
 /// A process that only has to be let go.
@@ -56,6 +60,9 @@ pub fn prepare(process: &Process, around: Surroundings<'_>) -> Result<Prepared> 
     if no_new_privileges {
         prctl(libc::PR_SET_NO_NEW_PRIVS, 1).doing(|| "set process.noNewPrivileges")?;
     }
+    if let Some(agent) = around.asked {
+        ask_for_servers(agent)?;
+    }
     let mut filter = around.filter;
     if !no_new_privileges && let Some(filter) = filter.take() {
         // Without no_new_privs only a privileged process may load a filter, so it has to be now.
@@ -77,6 +84,13 @@ pub fn prepare(process: &Process, around: Surroundings<'_>) -> Result<Prepared> 
     let environment = program::environment(given, || user::home(user.uid()));
     let program = Program::find(process.args().as_deref().unwrap_or_default(), &environment)?;
     Ok(Prepared { program, filter })
+}
+
+/// Before the container's own filter, which may forbid even this, and while the process is privileged.
+fn ask_for_servers(agent: BorrowedFd<'_>) -> Result<()> {
+    let doing = || "watch for servers";
+    let servers = seccomp::ask_for(libc::SYS_listen).doing(doing)?;
+    wire::report(agent, &Report::Servers, Some(servers.as_fd())).doing(doing)
 }
 
 impl Prepared {

@@ -1,0 +1,82 @@
+//! TCP connections of containers to what may be on the host.
+//!
+//! The guest's kernel completes them with the agent before the host has been asked, so what the host refuses is reset
+//! rather than refused.
+
+use crate::dials::Dials;
+use crate::events::Events;
+use crate::network::endpoint::canonical;
+use nix::sys::socket::{setsockopt, sockopt};
+use std::io;
+use std::sync::Arc;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+/// At a time; further ones wait.
+const MOST: usize = 512;
+
+/// Takes in connections for as long as the guest lives.
+pub async fn serve(listener: TcpListener, events: Arc<Events>, dials: Arc<Dials>) -> io::Result<()> {
+    let free = Arc::new(Semaphore::new(MOST));
+    while let Ok(permit) = free.clone().acquire_owned().await {
+        let connection = match listener.accept().await {
+            Ok((connection, _)) => connection,
+            // The client has gone already.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => return Err(error),
+        };
+        let (events, dials) = (events.clone(), dials.clone());
+        tokio::spawn(async move {
+            // Whatever ends it, both sides see their connection closed.
+            let _ = carry(connection, &events, &dials).await;
+            drop(permit);
+        });
+    }
+    Ok(())
+}
+
+async fn carry(mut connection: TcpStream, events: &Events, dials: &Dials) -> io::Result<()> {
+    let to = canonical(connection.local_addr()?);
+    match dials.request(|number| events.host_dialled(number, to, false)).await {
+        Some(mut host) => copy_bidirectional(&mut connection, &mut host).await.map(drop),
+        None => reset(&connection),
+    }
+}
+
+/// Has the connection reset when it is closed.
+fn reset(connection: &TcpStream) -> io::Result<()> {
+    let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+    Ok(setsockopt(connection, sockopt::Linger, &at_once)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::{Dialer, Stream};
+    use tokio::io::AsyncReadExt;
+
+    struct Nowhere;
+
+    #[async_trait::async_trait]
+    impl Dialer for Nowhere {
+        async fn dial(&self, _: u32) -> io::Result<Stream> {
+            Err(io::ErrorKind::ConnectionRefused.into())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_host_refuses_is_reset() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let dials = Arc::<Dials>::default();
+        tokio::spawn(serve(listener, Arc::default(), dials.clone()));
+        let mut client = TcpStream::connect(address).await.unwrap();
+        while dials.waiting() == 0 {
+            tokio::task::yield_now().await;
+        }
+        dials.answer(1, 0, &Nowhere).await.unwrap();
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+}

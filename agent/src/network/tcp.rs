@@ -1,0 +1,67 @@
+//! Connections from the host to servers of the guest.
+
+use super::endpoint;
+use crate::failure::{Failure, Kind, describe};
+use crate::link::{Dialer, Host};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use tokio::net::TcpStream;
+use vmshim_protocol::agent::ConnectTcpRequest;
+
+/// Connects a stream of the host to a server of the guest, and carries bytes until both ends are done.
+pub async fn connect(request: &ConnectTcpRequest) -> Result<(), Failure> {
+    let to = endpoint::parse("to", &request.to)?;
+    let mut server = open(to).await.map_err(|error| {
+        Failure::new(Kind::FailedPrecondition, format!("{to} of the guest: {}", describe(&error)))
+    })?;
+    let mut client = Host.dial(request.stream).await.map_err(|error| {
+        Failure::new(Kind::Internal, format!("dial stream {}: {}", request.stream, describe(&error)))
+    })?;
+    tokio::spawn(async move {
+        // Whatever ends it, both sides see their connection closed.
+        let _ = tokio::io::copy_bidirectional(&mut server, &mut client).await;
+    });
+    Ok(())
+}
+
+/// The client's family first; but on the loopback it cannot know that a server has only the other one, since its own
+/// connection has been accepted.
+async fn open(to: SocketAddr) -> io::Result<TcpStream> {
+    let result = TcpStream::connect(to).await;
+    match result {
+        Err(_) if to.ip().is_loopback() => {
+            let other = match to.ip() {
+                IpAddr::V4(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+                IpAddr::V6(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            };
+            TcpStream::connect((other, to.port())).await.or(result)
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+    use vmshim_protocol::agent::Endpoint;
+
+    #[tokio::test]
+    async fn a_server_of_either_family_is_found() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+        for address in addresses {
+            assert!(open(SocketAddr::new(address, port)).await.is_ok());
+        }
+        drop(listener);
+        assert!(open(SocketAddr::new(addresses[0], port)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_endpoint_is_refused() {
+        let to = Endpoint { address: vec![127, 0, 0, 1], port: 65536, ..Default::default() };
+        let request = ConnectTcpRequest { to: Some(to).into(), ..Default::default() };
+        assert_eq!(connect(&request).await.unwrap_err().kind, Kind::InvalidArgument);
+    }
+}

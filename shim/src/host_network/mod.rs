@@ -1,0 +1,211 @@
+//! The host's network for pods that are to share it: what their containers would do as processes of the host, the shim
+//! does for them with sockets of its own, in the network namespace that containerd is in.
+//!
+//! The guest is hostile. Whether it shares anything is decided by the container's spec and the node's configuration;
+//! what it then asks for is an address and a port, which are checked, and how much of everything there is at a time is
+//! bounded. Unix sockets of the host, its interfaces and its raw packets are never shared.
+
+mod datagrams;
+mod listeners;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::{OnceCell, Semaphore};
+use tokio::time::{Instant, timeout};
+use vmshim_protocol::agent as api;
+use vmshim_protocol::control::FdRole;
+
+use crate::agent_client::AgentError;
+use crate::vm::{ControlError, Port, Vm};
+use listeners::Listeners;
+
+/// Connections that are being made for one guest; further ones are refused.
+const MOST_PENDING: usize = 256;
+
+/// How long a server may take to accept a connection.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long guest and VMM may take.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a connection is not made.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{0}")]
+    Host(#[from] io::Error),
+    #[error("{0}")]
+    Control(#[from] ControlError),
+    #[error("{0}")]
+    Agent(#[from] AgentError),
+}
+
+/// What a pod has of the host's network: nothing until it is shared.
+pub struct HostNetwork {
+    allowed: bool,
+    shared: OnceCell<()>,
+    pending: Arc<Semaphore>,
+    pairs: Arc<Semaphore>,
+    listeners: Listeners,
+}
+
+impl HostNetwork {
+    /// Not shared yet, and never where the node does not allow it.
+    pub fn new(allowed: bool) -> Self {
+        Self {
+            allowed,
+            shared: OnceCell::new(),
+            pending: Arc::new(Semaphore::new(MOST_PENDING)),
+            pairs: Arc::new(Semaphore::new(datagrams::MOST_PAIRS)),
+            listeners: Listeners::default(),
+        }
+    }
+
+    /// Shares it with the guest, if that is allowed and has not been done.
+    ///
+    /// # Errors
+    /// When the guest refuses, does not answer in time, or is gone.
+    pub async fn share(&self, vm: &Vm, deadline: Instant) -> Result<(), AgentError> {
+        if !self.allowed {
+            log::info!("the host's network is not shared (runtime.host_network): there is loopback only");
+            return Ok(());
+        }
+        let share = || async { vm.agent().share_host_network(&api::Empty::new(), deadline).await.map(drop) };
+        self.shared.get_or_try_init(share).await.map(drop)
+    }
+
+    /// Follows a connection that somebody in a container has made, or a first datagram.
+    pub fn dialled(&self, vm: &Arc<Vm>, dialled: &api::HostDialled) {
+        let (vm, connection) = (vm.clone(), dialled.connection);
+        let Some(to) = self.endpoint(&dialled.to) else { return refuse(vm, connection) };
+        if dialled.datagrams {
+            let Ok(permit) = self.pairs.clone().try_acquire_owned() else { return refuse(vm, connection) };
+            drop(tokio::spawn(datagrams::follow(vm, connection, to, permit)));
+            return;
+        }
+        let Ok(permit) = self.pending.clone().try_acquire_owned() else {
+            log::warn!("the guest makes more connections at once than are followed; one is refused");
+            return refuse(vm, connection);
+        };
+        tokio::spawn(async move {
+            let port = match connect(&vm, to).await {
+                Ok(port) => Some(port),
+                Err(error) => {
+                    log::debug!("a connection to {to} fails: {error}");
+                    None
+                }
+            };
+            answer(&vm, connection, port).await;
+            drop(permit);
+        });
+    }
+
+    /// Listens where somebody in a container is about to.
+    pub fn listen(&self, vm: &Arc<Vm>, listen: &api::HostListen) {
+        let errno = match self.endpoint(&listen.at) {
+            Some(at) => self.listeners.open(vm, at, listen.ipv6_only).err(),
+            None => Some(io::Error::from_raw_os_error(libc::EACCES)),
+        };
+        if let Some(error) = &errno {
+            log::info!("a container cannot listen on the host: {error}");
+        }
+        let errno = errno.map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+        let request =
+            api::HostListeningRequest { id: listen.id, errno: errno.unsigned_abs(), ..Default::default() };
+        let vm = vm.clone();
+        tokio::spawn(async move {
+            let _ = vm.agent().host_listening(&request, Instant::now() + LIMIT).await;
+        });
+    }
+
+    /// Listens no more.
+    pub fn unlisten(&self, unlisten: &api::HostUnlisten) {
+        if let Some(at) = self.endpoint(&unlisten.at) {
+            self.listeners.close(at, unlisten.ipv6_only);
+        }
+    }
+
+    /// What the guest names, where it may name anything.
+    fn endpoint(&self, endpoint: &api::Endpoint) -> Option<SocketAddr> {
+        self.shared.get()?;
+        let address = match *endpoint.address.as_slice() {
+            [a, b, c, d] => IpAddr::from([a, b, c, d]),
+            ref bytes => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
+        };
+        let port = u16::try_from(endpoint.port).ok().filter(|port| *port != 0)?;
+        Some(SocketAddr::new(address, port))
+    }
+}
+
+/// How the guest is told of an address.
+pub fn endpoint(address: SocketAddr) -> api::Endpoint {
+    let ip = address.ip().to_canonical();
+    let bytes = match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    api::Endpoint { address: bytes, port: address.port().into(), ..Default::default() }
+}
+
+async fn connect(vm: &Vm, to: SocketAddr) -> Result<Port, Refused> {
+    let connected = timeout(CONNECT_LIMIT, TcpStream::connect(to)).await;
+    let connection = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    // Small pieces come from the guest as they were sent.
+    connection.set_nodelay(true)?;
+    expect(vm, &connection.into_std()?.into()).await
+}
+
+async fn expect(vm: &Vm, socket: &OwnedFd) -> Result<Port, Refused> {
+    let (port, _) = vm.expect(&[(FdRole::StreamSocket, socket.as_fd())], Instant::now() + LIMIT).await?;
+    Ok(port)
+}
+
+/// Tells the guest where a connection goes on; nowhere without a port.
+async fn answer(vm: &Vm, connection: u64, port: Option<Port>) {
+    let deadline = Instant::now() + LIMIT;
+    let request =
+        api::ConnectSocketRequest { connection, port: port.map_or(0, |port| port.0), ..Default::default() };
+    if let (Err(error), Some(port)) = (vm.agent().connect_socket(&request, deadline).await, port) {
+        log::warn!("the guest does not take a connection: {error}");
+        vm.forget(port, deadline).await;
+    }
+}
+
+fn refuse(vm: Arc<Vm>, connection: u64) {
+    tokio::spawn(async move { answer(&vm, connection, None).await });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(address: &[u8], port: u32) -> api::Endpoint {
+        api::Endpoint { address: address.to_vec(), port, ..Default::default() }
+    }
+
+    #[test]
+    fn a_guest_that_shares_nothing_can_name_nothing() {
+        let network = HostNetwork::new(true);
+        assert_eq!(network.endpoint(&named(&[127, 0, 0, 1], 80)), None);
+        network.shared.set(()).unwrap();
+        assert_eq!(network.endpoint(&named(&[127, 0, 0, 1], 80)), Some("127.0.0.1:80".parse().unwrap()));
+        for bad in [named(&[127, 0, 0], 80), named(&[], 80), named(&[1; 4], 0), named(&[1; 4], 65536)] {
+            assert_eq!(network.endpoint(&bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_guest_is_told_what_it_can_tell() {
+        let network = HostNetwork::new(true);
+        network.shared.set(()).unwrap();
+        for text in ["10.0.0.1:9", "[::1]:65535"] {
+            let address: SocketAddr = text.parse().unwrap();
+            assert_eq!(network.endpoint(&endpoint(address)), Some(address));
+        }
+        assert_eq!(endpoint("[::ffff:1.2.3.4]:5".parse().unwrap()).address, [1, 2, 3, 4]);
+    }
+}
