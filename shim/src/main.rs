@@ -8,6 +8,7 @@ mod agent_client;
 mod bootstrap;
 mod cgroup;
 mod config;
+mod connections;
 mod events;
 mod hooks;
 mod host_network;

@@ -1,6 +1,6 @@
 //! The serving process: its event loop, its signals and its end.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use ttrpc::asynchronous::Server;
 use crate::bootstrap::Serving;
 use crate::cgroup::Cgroup;
 use crate::config::Config;
+use crate::connections::Connections;
 use crate::events::Publisher;
 use crate::logging;
 use crate::reaper::Reaper;
@@ -20,7 +21,7 @@ use crate::streaming;
 use crate::task::{Pod, configure, services};
 use crate::transfer;
 
-/// How long answers may take to leave. What waits longer waits for something that will not happen any more.
+/// How long clients may take to close their connections. What a call waits for longer than that will not happen any more.
 const ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Serves until the pod is done.
@@ -65,10 +66,9 @@ async fn run(
     let events = Publisher::new(serving.namespace.as_str(), serving.ttrpc_address.clone());
     let pod = Pod::boot(&serving, &reaper, events, config);
     let socket = serving.socket.clone();
-    let listener = OwnedFd::from(serving.listener);
-    // SAFETY: the descriptor is a listening Unix socket that is owned here and given away whole.
-    let server = unsafe { Server::new().add_unix_listener(std::os::fd::IntoRawFd::into_raw_fd(listener)) }?;
-    let mut server = server
+    let connections = Connections::default();
+    let mut server = Server::new()
+        .add_listener(connections.listener(serving.listener)?)
         .register_service(services(&pod))
         .register_service(sandbox::services(&pod))
         .register_service(streaming::services(&pod.streams))
@@ -79,9 +79,13 @@ async fn run(
     // While the journal still tells `delete` to wait, so that it is not the socket of a successor.
     let _ = std::fs::remove_file(socket);
     pod.wind_up().await;
-    // Whoever asked for the end is to hear that it has come.
-    if tokio::time::timeout(ANSWERS_LIMIT, server.shutdown()).await.is_err() {
-        log::debug!("calls are cut off that were still waiting");
+    // Whoever asked for the end is to hear that it has come, and closes the connection when he has.
+    let heard = async {
+        server.stop_listen().await;
+        connections.all_closed().await;
+    };
+    if tokio::time::timeout(ANSWERS_LIMIT, heard).await.is_err() {
+        log::debug!("a connection is cut off that was not closed");
     }
     Ok(())
 }
