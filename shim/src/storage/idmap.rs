@@ -25,6 +25,22 @@ pub struct Mapping {
     pub size: u32,
 }
 
+impl Mapping {
+    /// Those of an option, behind its equals sign.
+    fn list(option: &str) -> Option<Vec<Self>> {
+        let (_, list) = option.split_once('=')?;
+        list.split(',').map(Self::parse).collect()
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let numbers = text.split(':').map(str::parse).collect::<Result<Vec<u32>, _>>().ok()?;
+        match numbers.as_slice() {
+            [container, host, size] => Some(Self { container: *container, host: *host, size: *size }),
+            _ => None,
+        }
+    }
+}
+
 /// What a mount's owners become.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IdMap {
@@ -38,6 +54,26 @@ impl IdMap {
     /// Whether the kernel could take it.
     pub fn is_valid(&self) -> bool {
         [&self.uids, &self.gids].into_iter().all(|maps| (1..=MOST_MAPPINGS).contains(&maps.len()))
+    }
+
+    /// Takes the maps out of a mount's options, where containerd writes them for a snapshotter's mount as
+    /// `uidmap=<container>:<host>:<size>,…` and `gidmap=…`; None where there are none.
+    ///
+    /// # Errors
+    /// The option that says no map, or the one that the other is missing for.
+    pub fn take(options: &mut Vec<String>) -> Result<Option<Self>, String> {
+        let mut take = |name: &str| {
+            let place = options.iter().position(|option| option.starts_with(name));
+            place.map(|place| options.remove(place))
+        };
+        let (uids, gids) = match (take("uidmap="), take("gidmap=")) {
+            (None, None) => return Ok(None),
+            (Some(uids), Some(gids)) => (uids, gids),
+            (uids, gids) => return Err(uids.or(gids).unwrap_or_default()),
+        };
+        let read = |option: String| Mapping::list(&option).ok_or(option);
+        let map = Self { uids: read(uids.clone())?, gids: read(gids)? };
+        if map.is_valid() { Ok(Some(map)) } else { Err(uids) }
     }
 
     /// A user namespace with these maps, which lives as long as the descriptor.
@@ -99,6 +135,23 @@ mod tests {
 
     fn map(container: u32, host: u32, size: u32) -> Vec<Mapping> {
         vec![Mapping { container, host, size }]
+    }
+
+    #[test]
+    fn maps_are_taken_out_of_options() {
+        let take = |options: &[&str]| {
+            let mut options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+            IdMap::take(&mut options).map(|map| (map, options.join(" ")))
+        };
+        let two = [map(0, 1000, 5), map(5, 70_000, 1)].concat();
+        let expected = IdMap { uids: two, gids: map(0, 2000, 9) };
+        let (found, rest) = take(&["ro", "uidmap=0:1000:5,5:70000:1", "gidmap=0:2000:9", "x=y"]).unwrap();
+        assert_eq!((found, rest.as_str()), (Some(expected.clone()), "ro x=y"));
+        assert_eq!(take(&["ro"]).unwrap(), (None, "ro".to_owned()));
+        for bad in ["uidmap=0:1", "uidmap=", "uidmap=0:1:2:3", "uidmap=-1:0:1", "uidmap=0:5000000000:1"] {
+            assert_eq!(take(&[bad, "gidmap=0:1:2"]).unwrap_err(), bad);
+            assert_eq!(take(&[bad]).unwrap_err(), bad);
+        }
     }
 
     #[test]

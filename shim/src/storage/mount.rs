@@ -71,7 +71,9 @@ impl Bind<'_> {
     }
 }
 
-fn map_owners(tree: &OwnedFd, namespace: &OwnedFd, recursive: bool) -> io::Result<()> {
+/// Gives what a mount without a place shows other owners, those of a user namespace; with everything mounted below where
+/// `recursive`.
+pub fn map_owners(tree: &OwnedFd, namespace: &OwnedFd, recursive: bool) -> io::Result<()> {
     let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
     let attr_set = libc::MOUNT_ATTR_IDMAP;
     set(tree, libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd }, recursive)

@@ -17,10 +17,32 @@ pub struct Prepared {
     pub directory: Option<PathBuf>,
 }
 
+/// The value of the option that names the layers.
+fn lowerdir(options: &[String]) -> Result<&str, StorageError> {
+    options.iter().find_map(|option| option.strip_prefix("lowerdir=")).ok_or(StorageError::NoLowerdir)
+}
+
+/// The layers, topmost first.
+///
+/// # Errors
+/// When there are none.
+pub fn layers(options: &[String]) -> Result<Vec<PathBuf>, StorageError> {
+    let (mut layers, mut layer) = (Vec::new(), String::new());
+    let mut letters = lowerdir(options)?.chars();
+    while let Some(letter) = letters.next() {
+        match letter {
+            '\\' => layer.extend(letters.next()),
+            ':' => layers.push(PathBuf::from(std::mem::take(&mut layer))),
+            letter => layer.push(letter),
+        }
+    }
+    layers.push(layer.into());
+    Ok(layers)
+}
+
 /// Makes the options fit.
 pub fn prepare(options: &[String]) -> Result<Prepared, StorageError> {
-    let lowerdir =
-        options.iter().find_map(|option| option.strip_prefix("lowerdir=")).ok_or(StorageError::NoLowerdir)?;
+    let lowerdir = lowerdir(options)?;
     let data = options.join(",");
     if data.len() < PAGE {
         return Ok(Prepared { data, directory: None });
@@ -79,6 +101,14 @@ mod tests {
     fn few_layers_stay_as_they_are() {
         let prepared = prepare(&options(3)).unwrap();
         assert_eq!(prepared, Prepared { data: options(3).join(","), directory: None });
+    }
+
+    #[test]
+    fn layers_are_told_apart() {
+        let layers = |text: &str| layers(&["ro".to_owned(), format!("lowerdir={text}")]).unwrap();
+        assert_eq!(layers("/a:/b"), [Path::new("/a"), Path::new("/b")]);
+        assert_eq!(layers(r"/a\:1:/b\\"), [Path::new("/a:1"), Path::new(r"/b\")]);
+        assert!(super::layers(&[]).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use nix::mount::MsFlags;
 
 use super::disk::{Disk, DiskRequest};
 use super::host_layers::{self, Changes};
+use super::idmap::IdMap;
 use super::layers::{self, Directory, Layers, Upper};
 use super::mount::{Attributes, Bind, in_directory, mount};
 use super::{StorageError, overlay};
@@ -16,10 +17,12 @@ use super::{StorageError, overlay};
 pub enum MountRequest {
     /// An overlay, mounted on the host.
     Overlay {
-        /// Without those that became `read_only`.
+        /// Without those that became the other fields.
         options: Vec<String>,
         /// Not writable.
         read_only: bool,
+        /// Other owners than the layers'.
+        id_map: Option<IdMap>,
     },
     /// A directory of the host.
     Bind {
@@ -29,6 +32,8 @@ pub enum MountRequest {
         recursive: bool,
         /// Not writable.
         read_only: bool,
+        /// Other owners than the directory's.
+        id_map: Option<IdMap>,
     },
     /// A disk for the guest to mount.
     Disk(DiskRequest),
@@ -84,25 +89,21 @@ impl MountRequest {
         if let Some(disk) = DiskRequest::parse(mount)? {
             return Ok(Self::Disk(disk));
         }
-        let has = |name: &str| mount.options.iter().any(|option| option == name);
-        let unsupported = |option: &&String| {
-            option.starts_with("uidmap=")
-                || option.starts_with("gidmap=")
-                || option.starts_with("X-containerd.")
-        };
-        if let Some(option) = mount.options.iter().find(unsupported) {
+        let mut options = mount.options.clone();
+        let id_map = IdMap::take(&mut options).map_err(StorageError::UnsupportedOption)?;
+        if let Some(option) = options.iter().find(|option| option.starts_with("X-containerd.")) {
             return Err(StorageError::UnsupportedOption(option.clone()));
         }
+        let has = |name: &str| mount.options.iter().any(|option| option == name);
         let read_only = has("ro");
         let source = PathBuf::from(&mount.source);
-        let without = |names: &[&str]| {
-            let options = mount.options.iter().filter(|option| !names.contains(&option.as_str()));
-            options.cloned().collect::<Vec<_>>()
-        };
         match mount.type_.as_str() {
-            "overlay" => Ok(Self::Overlay { options: without(&["ro", "rw"]), read_only }),
+            "overlay" => {
+                options.retain(|option| !matches!(option.as_str(), "ro" | "rw"));
+                Ok(Self::Overlay { options, read_only, id_map })
+            }
             "bind" | "" if has("bind") || has("rbind") || mount.type_ == "bind" => {
-                Ok(Self::Bind { source, recursive: has("rbind"), read_only })
+                Ok(Self::Bind { source, recursive: has("rbind"), read_only, id_map })
             }
             other => Err(StorageError::UnknownType(other.to_owned())),
         }
@@ -114,10 +115,12 @@ impl MountRequest {
     /// Nothing stays mounted.
     pub fn realize(self, target: &Path) -> Result<Rootfs, StorageError> {
         match self {
-            Self::Overlay { options, read_only } => mount_overlay(&options, read_only, target),
-            Self::Bind { source, recursive, read_only } => {
+            Self::Overlay { options, read_only, id_map } => {
+                mount_overlay(&options, read_only, id_map.as_ref(), target)
+            }
+            Self::Bind { source, recursive, read_only, id_map } => {
                 let attributes = Attributes { read_only, ..Attributes::default() };
-                Bind { recursive, attributes, ..Bind::default() }.make(&source, target).map(drop)?;
+                Bind { recursive, attributes, id_map: id_map.as_ref() }.make(&source, target).map(drop)?;
                 Ok(Rootfs::Shared)
             }
             Self::Disk(disk) => disk.open().map(Rootfs::Disk),
@@ -146,10 +149,19 @@ fn realize_layers(layers: Layers, target: &Path) -> Result<Rootfs, StorageError>
     Ok(Rootfs::Layers { lowers, upper, options })
 }
 
-fn mount_overlay(options: &[String], read_only: bool, target: &Path) -> Result<Rootfs, StorageError> {
-    let prepared = overlay::prepare(options)?;
+fn mount_overlay(
+    options: &[String],
+    read_only: bool,
+    id_map: Option<&IdMap>,
+    target: &Path,
+) -> Result<Rootfs, StorageError> {
     let mut flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     flags.set(MsFlags::MS_RDONLY, read_only);
+    if let Some(map) = id_map {
+        host_layers::mount_mapped(options, map, flags, target)?;
+        return Ok(Rootfs::Shared);
+    }
+    let prepared = overlay::prepare(options)?;
     let call = || mount(Some(Path::new("overlay")), target, Some("overlay"), flags, Some(&prepared.data));
     let mounted = match &prepared.directory {
         Some(directory) => in_directory(directory, call),
@@ -164,6 +176,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::storage::Mapping;
 
     fn mount_of(kind: &str, source: &str, options: &[&str]) -> Mount {
         Mount {
@@ -184,12 +197,13 @@ mod tests {
             parse("overlay", "overlay", &["index=off", "ro", "lowerdir=/a:/b"]).unwrap().unwrap(),
             MountRequest::Overlay {
                 options: vec!["index=off".into(), "lowerdir=/a:/b".into()],
-                read_only: true
+                read_only: true,
+                id_map: None,
             }
         );
         assert_eq!(
             parse("bind", "/s", &["rbind", "rw"]).unwrap().unwrap(),
-            MountRequest::Bind { source: "/s".into(), recursive: true, read_only: false }
+            MountRequest::Bind { source: "/s".into(), recursive: true, read_only: false, id_map: None }
         );
         assert_eq!(
             parse("ext4", "/img", &["loop", "rw", "noatime"]).unwrap().unwrap(),
@@ -205,6 +219,19 @@ mod tests {
             MountRequest::Disk(DiskRequest { filesystem: "erofs", read_only: true, .. })
         ));
         assert_eq!(MountRequest::parse(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn owners_are_mapped_as_the_snapshotter_says() {
+        let mapping = |host, size| vec![Mapping { container: 0, host, size }];
+        let id_map = Some(IdMap { uids: mapping(1000, 9), gids: mapping(2000, 8) });
+        let maps = ["uidmap=0:1000:9", "gidmap=0:2000:8"];
+        let overlay = parse("overlay", "overlay", &[maps[0], maps[1], "lowerdir=/a"]).unwrap().unwrap();
+        let options = vec!["lowerdir=/a".to_owned()];
+        assert_eq!(overlay, MountRequest::Overlay { options, read_only: false, id_map: id_map.clone() });
+        let bind = parse("bind", "/s", &[maps[0], maps[1], "rbind"]).unwrap().unwrap();
+        let expected = MountRequest::Bind { source: "/s".into(), recursive: true, read_only: false, id_map };
+        assert_eq!(bind, expected);
     }
 
     #[test]

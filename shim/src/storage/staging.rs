@@ -51,6 +51,7 @@ impl Staging {
             source: root.to_owned(),
             recursive: true,
             read_only: false,
+            id_map: None,
         });
         let rootfs = request.realize(&target)?;
         if matches!(rootfs, Rootfs::Shared) {
