@@ -50,7 +50,9 @@ fn limits_ids_and_sysctls_are_those_of_the_spec() {
 #[test]
 fn a_user_namespace_maps_as_the_spec_says() {
     let host = host();
-    let output = spec_run(&host, &["sh", "-c", "id -u; cat /proc/self/uid_map"], |spec| {
+    // A raw socket is for root in the user namespace that the network belongs to.
+    let line = "id -u; cat /proc/self/uid_map; ping -c 1 -W 60 127.0.0.1 >/dev/null && echo pong";
+    let output = spec_run(&host, &["sh", "-c", line], |spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.push(serde_json::json!({ "type": "user" }));
         let mapping = serde_json::json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
@@ -58,7 +60,7 @@ fn a_user_namespace_maps_as_the_spec_says() {
         spec["linux"]["gidMappings"] = mapping;
     });
     let text = succeeded(&output);
-    assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536"]);
+    assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["0", "0", "100000", "65536", "pong"]);
     host.assert_nothing_left();
 }
 

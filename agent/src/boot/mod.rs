@@ -6,7 +6,6 @@
 
 mod cpus;
 mod mounts;
-mod network;
 
 use crate::clock::HostClock;
 use crate::containers::{Containers, Places};
@@ -14,7 +13,7 @@ use crate::events::Events;
 use crate::link::{self, Host, Stream};
 use crate::reaper::{self, Reaper};
 use crate::server::{self, Connections, Service};
-use crate::{log, power};
+use crate::{log, network, power};
 use anyhow::Context;
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
@@ -139,7 +138,9 @@ fn begin_late_part() -> Readiness {
         }
         sender.send_replace(Late::Mounted);
         cpus::bring_online();
-        network::loopback_up();
+        if let Err(error) = network::loopback::set_up() {
+            log::error(&format!("the loopback interface stays down: {error}"));
+        }
         sender.send_replace(Late::Complete);
     });
     Readiness(receiver)

@@ -57,7 +57,8 @@ impl Containers {
         let stdio = request.stdio.as_ref().cloned().unwrap_or_default();
         let (namespaces, joined) = request::namespaces(&request.spec)?;
         let root = request::root(&request.rootfs)?;
-        let donors = joined.iter().map(|(_, donor)| self.donor(donor)).collect::<Result<Vec<_>, _>>()?;
+        let donors =
+            joined.iter().map(|(flags, donor)| self.donor(*flags, donor)).collect::<Result<Vec<_>, _>>()?;
         let plan = Plan {
             container: id.clone(),
             cgroup: self.cgroup(id),
@@ -92,12 +93,25 @@ impl Containers {
         Ok(container)
     }
 
-    /// The process whose namespaces a container joins.
-    fn donor(&self, donor: &Donor) -> Result<Arc<Process>, Failure> {
-        let (process, name) = match donor {
-            Donor::Pod => (self.pod()?, "the pod".to_owned()),
-            Donor::Container(id) => (self.get(id)?.first.clone(), format!("container \"{id}\"")),
+    /// The process whose namespace a container joins.
+    fn donor(&self, flags: i32, donor: &Donor) -> Result<Arc<Process>, Failure> {
+        let (process, has_users, name) = match donor {
+            Donor::Pod => {
+                let pod = self.pod()?;
+                (pod.process.clone(), pod.has_users, "the pod".to_owned())
+            }
+            Donor::Container(id) => {
+                let container = self.get(id)?;
+                let has_users = container.namespaces.has(libc::CLONE_NEWUSER);
+                (container.first.clone(), has_users, format!("container \"{id}\""))
+            }
         };
+        if flags & libc::CLONE_NEWUSER != 0 && !has_users {
+            return Err(Failure::new(
+                Kind::FailedPrecondition,
+                format!("{name} has no user namespace of its own to join"),
+            ));
+        }
         match process.stage() {
             Stage::Exited(_) => Err(Failure::new(
                 Kind::FailedPrecondition,

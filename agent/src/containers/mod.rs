@@ -61,7 +61,7 @@ pub struct Containers {
     host_network: HostNetwork,
     table: Mutex<HashMap<String, Entry>>,
     /// Holds the pod's own namespaces, where it has such.
-    pod: tokio::sync::OnceCell<Arc<Process>>,
+    pod: tokio::sync::OnceCell<pod::Pod>,
 }
 
 enum Entry {

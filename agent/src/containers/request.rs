@@ -1,9 +1,9 @@
 //! The shim's requests in the engine's words: the one place where protobuf becomes our own types.
 
 use crate::engine::spec::Namespaces;
-use crate::engine::wire::{Directory, Disk, Part, Root, Size, Upper};
+use crate::engine::wire::{Directory, Disk, IdMaps, Part, Root, Size, Upper};
 use crate::failure::{Failure, Kind};
-use oci_spec::runtime::LinuxNamespaceType;
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceType};
 use serde::Deserialize;
 use std::path::PathBuf;
 use vmshim_protocol::agent::root_filesystem::Source;
@@ -59,6 +59,20 @@ pub fn namespaces(spec: &[u8]) -> Result<(Namespaces, Vec<(i32, Donor)>), Failur
         joined.push((flag, donor));
     }
     Ok((namespaces, joined))
+}
+
+/// The maps of a pod's user namespace, if it has one.
+pub fn users(uids: &[proto::IdMapping], gids: &[proto::IdMapping]) -> Result<Option<IdMaps>, Failure> {
+    if uids.is_empty() && gids.is_empty() {
+        return Ok(None);
+    }
+    let list = |mappings: &[proto::IdMapping]| mappings.iter().map(id_mapping).collect::<Result<_, _>>();
+    Ok(Some(IdMaps { uids: list(uids)?, gids: list(gids)? }))
+}
+
+fn id_mapping(mapping: &proto::IdMapping) -> Result<LinuxIdMapping, Failure> {
+    let builder = LinuxIdMappingBuilder::default().container_id(mapping.container).host_id(mapping.host);
+    builder.size(mapping.size).build().map_err(|error| invalid(format!("a pod's users: {error}")))
 }
 
 /// The root file system of a request.
@@ -147,6 +161,16 @@ mod tests {
         let donors =
             [(libc::CLONE_NEWIPC, Donor::Container("c".to_owned())), (libc::CLONE_NEWUTS, Donor::Pod)];
         assert_eq!(joined, donors);
+    }
+
+    #[test]
+    fn a_pod_has_users_of_its_own_where_there_are_maps() {
+        assert!(users(&[], &[]).unwrap().is_none());
+        let mapping = proto::IdMapping { container: 0, host: 7, size: 9, ..Default::default() };
+        let maps = users(&[mapping], &[]).unwrap().unwrap();
+        let uid = maps.uids[0];
+        assert_eq!((uid.container_id(), uid.host_id(), uid.size()), (0, 7, 9));
+        assert!(maps.gids.is_empty());
     }
 
     #[test]

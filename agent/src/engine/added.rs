@@ -3,7 +3,6 @@
 use super::error::{Context, Error, Result};
 use super::process;
 use super::process::terminal::Terminal;
-use super::rootfs::mounts::open_location;
 use super::seccomp::Filter;
 use super::spec;
 use super::wire::{self, Document, Plan, Report};
@@ -16,7 +15,6 @@ use crate::sys::process::{CloneRequest, Cloned, clone3, join_namespaces, join_se
 use oci_spec::runtime::{Process, Spec};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 /// The engine's side.
 pub fn make(
@@ -40,8 +38,7 @@ pub fn make(
     }
 
     let cgroup = open_cgroup(plan, first.as_fd())?;
-    // Once in the container's mount namespace, its own /proc is all that a path leads to.
-    let proc = open_location(Path::new("/proc")).doing(|| "open /proc")?;
+    set_oom_score(process.oom_score_adj().unwrap_or(0))?;
     // The cgroup namespace comes last: from inside it the kernel lets nobody into a cgroup from outside.
     let joined_now = namespaces & !libc::CLONE_NEWCGROUP;
     join_namespaces(first.as_fd(), joined_now).map_err(|error| match error.raw_os_error() {
@@ -66,7 +63,6 @@ pub fn make(
         Cloned::Parent(pid, pidfd) => {
             drop(theirs);
             wire::report(agent, &Report::Spawned(pid), Some(pidfd.as_fd())).doing(|| "answer the agent")?;
-            set_oom_score(proc.as_fd(), pid, process.oom_score_adj().unwrap_or(0))?;
             nix::unistd::write(&ours, b"!").doing(|| "let the process begin").map(drop)
         }
     }

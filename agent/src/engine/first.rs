@@ -9,11 +9,11 @@ use super::spec::{self, Namespaces};
 use super::wire::{self, Plan, Report, Root};
 use super::{
     Descriptors, become_root, duplicate_stdio, finish, give_up, idmap, seal_descriptors, set_oom_score,
-    signal_pair, storage,
+    set_sysctl, signal_pair, storage,
 };
 use crate::cgroup::{Cgroup, devices, limits};
 use crate::sys::c_string;
-use crate::sys::process::{CloneRequest, Cloned, clone3, join_namespaces, join_session_keyring};
+use crate::sys::process::{CloneRequest, Cloned, clone3, join_session_keyring};
 use oci_spec::runtime::{Linux, Process, Spec};
 use std::convert::Infallible;
 use std::fs;
@@ -51,10 +51,10 @@ pub fn make(
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
     devices::enforce(&cgroup, rules.unwrap_or_default())?;
 
-    for flag in join {
-        let pidfd = fds.next()?;
-        join_namespaces(pidfd.as_fd(), *flag).doing(|| "join a namespace of the pod")?;
-    }
+    set_oom_score(process.oom_score_adj().unwrap_or(0))?;
+    let joined = join.iter().map(|flag| Ok((*flag, fds.next()?))).collect::<Result<Vec<_>>>()?;
+    super::join(joined)?;
+    set_network_sysctls(linux)?;
     make_time_namespace(linux, namespaces)?;
 
     let container = Container { plan, spec, linux, process, namespaces, root, directory };
@@ -81,8 +81,6 @@ pub fn make(
                 let (uids, gids) = (linux.uid_mappings(), linux.gid_mappings());
                 idmap::write(pid, uids.as_deref().unwrap_or_default(), gids.as_deref().unwrap_or_default())?;
             }
-            let proc = mounts::open_location(Path::new("/proc")).doing(|| "open /proc")?;
-            set_oom_score(proc.as_fd(), pid, process.oom_score_adj().unwrap_or(0))?;
             nix::unistd::write(&ours, b"!").doing(|| "let the first process begin").map(drop)
         }
     }
@@ -103,10 +101,10 @@ fn make_time_namespace(linux: &Linux, namespaces: Namespaces) -> Result<()> {
     Ok(())
 }
 
-/// Changes a setting whose name has been checked.
-pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
-    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
-    fs::write(path, value).doing(|| format!("set linux.sysctl[{name}]"))
+/// Those of the network, which may be the guest's: they are then not for a process in a new user namespace to change.
+fn set_network_sysctls(linux: &Linux) -> Result<()> {
+    let mut network = linux.sysctl().iter().flatten().filter(|(name, _)| spec::is_of_network(name));
+    network.try_for_each(|(name, value)| set_sysctl(name, value))
 }
 
 impl Container<'_> {
@@ -140,6 +138,7 @@ impl Container<'_> {
             cgroup: &self.plan.cgroup,
             cgroup_namespace: self.namespaces.has(libc::CLONE_NEWCGROUP),
             user_namespace: self.namespaces.has(libc::CLONE_NEWUSER),
+            network_namespace: self.namespaces.has(libc::CLONE_NEWNET),
         };
         let later = rootfs::enter(self.spec, self.linux, &self.root, &around)?;
         self.set_names()?;
@@ -168,7 +167,8 @@ impl Container<'_> {
 
     /// Through the guest's own /proc, which is still there; they apply to the namespaces this process is in.
     fn set_sysctls(&self) -> Result<()> {
-        self.linux.sysctl().iter().flatten().try_for_each(|(name, value)| set_sysctl(name, value))
+        let mut others = self.linux.sysctl().iter().flatten().filter(|(name, _)| !spec::is_of_network(name));
+        others.try_for_each(|(name, value)| set_sysctl(name, value))
     }
 
     fn set_names(&self) -> Result<()> {

@@ -34,6 +34,7 @@ use error::{Context, Error, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Gid, Uid, setresgid, setresuid};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use wire::{Document, Plan, Report, Task};
 
@@ -103,17 +104,29 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
             files::carry(*namespaces, path, *direction, fds)?;
             wire::report(agent, &Report::Done, None).doing(|| "answer the agent")
         }
-        Task::Pod { hostname, sysctls } => pod::make(agent, &plan.shared, hostname, sysctls),
+        Task::Pod(pod) => pod::make(agent, &plan.shared, pod),
     }
 }
 
-/// Sets a process's OOM score through the guest's own `/proc`.
-fn set_oom_score(proc: BorrowedFd<'_>, pid: u32, score: i32) -> Result<()> {
-    let doing = || "set process.oomScoreAdj";
-    let flags = nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_CLOEXEC;
-    let path = format!("{pid}/oom_score_adj");
-    let file = nix::fcntl::openat(proc, path.as_str(), flags, nix::sys::stat::Mode::empty()).doing(doing)?;
-    nix::unistd::write(&file, score.to_string().as_bytes()).doing(doing).map(drop)
+/// Sets the engine's OOM score, which the new process inherits. From within a user namespace it could not be lowered.
+fn set_oom_score(score: i32) -> Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", score.to_string()).doing(|| "set process.oomScoreAdj")
+}
+
+/// Joins each of the namespaces, that of users last: what could be done before it cannot be done after.
+fn join(namespaces: impl IntoIterator<Item = (i32, OwnedFd)>) -> Result<()> {
+    let (users, others): (Vec<_>, Vec<_>) =
+        namespaces.into_iter().partition(|(flags, _)| flags & libc::CLONE_NEWUSER != 0);
+    for (flags, pidfd) in others.into_iter().chain(users) {
+        sys::process::join_namespaces(pidfd.as_fd(), flags).doing(|| "join a namespace of the pod")?;
+    }
+    Ok(())
+}
+
+/// Changes a setting whose name has been checked.
+fn set_sysctl(name: &str, value: &str) -> Result<()> {
+    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+    std::fs::write(path, value).doing(|| format!("set linux.sysctl[{name}]"))
 }
 
 /// A process in a user namespace has the rights of its root only as that user.

@@ -6,64 +6,63 @@
 //! root is an empty file system, and no descriptor is open.
 
 use super::error::{Context, Error, Result};
-use super::first::set_sysctl;
 use super::rootfs::pivot;
 use super::rootfs::tree::Tree;
 use super::spec::check_pod_sysctl;
-use super::wire::{self, Report};
-use super::{give_up, signal_pair};
+use super::wire::{self, Pod, Report};
+use super::{become_root, give_up, idmap, set_sysctl, signal_pair};
+use crate::network::loopback;
 use crate::sys::mountfd::{self, FsContext};
 use crate::sys::process::{CloneRequest, Cloned, clone3};
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SigHandler, Signal, signal};
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// The engine's side. `place` is any directory: it is covered, for the new process only.
-pub fn make(
-    agent: BorrowedFd<'_>,
-    place: &Path,
-    hostname: &str,
-    sysctls: &BTreeMap<String, String>,
-) -> Result<()> {
-    sysctls.keys().try_for_each(|name| check_pod_sysctl(name))?;
+pub fn make(agent: BorrowedFd<'_>, place: &Path, pod: &Pod) -> Result<()> {
+    pod.sysctls.keys().try_for_each(|name| check_pod_sysctl(name))?;
     let (ours, theirs) = signal_pair()?;
-    let namespaces = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    let mut namespaces = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    if pod.users.is_some() {
+        // It comes to own the others, and the pod's network is in one of them.
+        namespaces |= libc::CLONE_NEWUSER | libc::CLONE_NEWNET;
+    }
     let request =
         CloneRequest { namespaces: u64::from(namespaces.cast_unsigned()), cgroup: None, sibling: true };
     // SAFETY: an engine process has one thread.
     match unsafe { clone3(&request) }.doing(|| "make the pod's namespaces")? {
         Cloned::Child => {
             drop(ours);
-            let Err(error) = hold(agent, &theirs, place, hostname, sysctls);
+            let Err(error) = hold(agent, &theirs, place, pod);
             give_up(agent, error)
         }
         Cloned::Parent(pid, pidfd) => {
             drop(theirs);
             wire::report(agent, &Report::Spawned(pid), Some(pidfd.as_fd())).doing(|| "answer the agent")?;
+            if let Some(users) = &pod.users {
+                idmap::write(pid, &users.uids, &users.gids)?;
+            }
             nix::unistd::write(&ours, b"!").doing(|| "let the pod begin").map(drop)
         }
     }
 }
 
 /// The new process's side.
-fn hold(
-    agent: BorrowedFd<'_>,
-    outside: &OwnedFd,
-    place: &Path,
-    hostname: &str,
-    sysctls: &BTreeMap<String, String>,
-) -> Result<Infallible> {
+fn hold(agent: BorrowedFd<'_>, outside: &OwnedFd, place: &Path, pod: &Pod) -> Result<Infallible> {
     if nix::unistd::read(outside, &mut [0]).doing(|| "wait for the engine")? != 1 {
         return Err(Error::Stopped);
     }
-    nix::unistd::setsid().doing(|| "begin a session")?;
-    if !hostname.is_empty() {
-        nix::unistd::sethostname(hostname).doing(|| "set hostname")?;
+    if pod.users.is_some() {
+        become_root()?;
+        loopback::set_up().doing(|| "set up the loopback interface")?;
     }
-    sysctls.iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
+    nix::unistd::setsid().doing(|| "begin a session")?;
+    if !pod.hostname.is_empty() {
+        nix::unistd::sethostname(&pod.hostname).doing(|| "set hostname")?;
+    }
+    pod.sysctls.iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
     enter_nowhere(place)?;
     // SAFETY: no handler is installed; the kernel then reaps the children that this process inherits.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.doing(|| "leave orphans to the kernel")?;

@@ -49,6 +49,8 @@ impl Namespaces {
                     "each container has mounts of its own",
                 ));
             }
+            // They own the pod's network, too.
+            Some(POD_NAMESPACE) if flag == libc::CLONE_NEWUSER => self.joined |= flag | libc::CLONE_NEWNET,
             Some(path) if path == POD_NAMESPACE || path.starts_with(CONTAINER_NAMESPACE) => {
                 self.joined |= flag;
             }
@@ -154,6 +156,11 @@ fn check_sysctls(linux: &Linux, namespaces: Namespaces) -> Result<()> {
         .try_for_each(|name| check_sysctl(name, namespaces))
 }
 
+/// Whether a setting belongs to the network namespace.
+pub fn is_of_network(name: &str) -> bool {
+    name.replace('/', ".").starts_with("net.")
+}
+
 /// Checks a setting of the pod as a whole.
 pub fn check_pod_sysctl(name: &str) -> Result<()> {
     check_sysctl(name, Namespaces { new: libc::CLONE_NEWIPC | libc::CLONE_NEWUTS, joined: 0 })
@@ -176,7 +183,7 @@ fn check_sysctl(name: &str, namespaces: Namespaces) -> Result<()> {
         return Err(Error::invalid(field, "is no name of a setting"));
     }
     let ipc = IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.");
-    let allowed = dotted.starts_with("net.")
+    let allowed = is_of_network(name)
         || (ipc && namespaces.has(libc::CLONE_NEWIPC))
         || (dotted == "kernel.domainname" && namespaces.has(libc::CLONE_NEWUTS));
     if !allowed {
@@ -220,6 +227,14 @@ mod tests {
     fn a_pods_namespace_is_joined() {
         let spec = spec(r#"{"namespaces":[{"type":"mount"},{"type":"ipc","path":"vmshim-container:pod"}]}"#);
         assert_eq!(check(&spec).unwrap().2.joined, libc::CLONE_NEWIPC);
+    }
+
+    #[test]
+    fn the_pods_users_are_joined_with_their_network() {
+        let spec = spec(
+            r#"{"namespaces":[{"type":"mount"},{"type":"user","path":"vmshim-pod"}],"uidMappings":[{"containerID":0,"hostID":1,"size":2}]}"#,
+        );
+        assert_eq!(check(&spec).unwrap().2.joined, libc::CLONE_NEWUSER | libc::CLONE_NEWNET);
     }
 
     #[test]

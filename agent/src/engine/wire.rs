@@ -16,6 +16,7 @@ use super::error::{Context, Error, Result};
 use crate::failure::Failure;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, UnixAddr, recvmsg, sendmsg};
+use oci_spec::runtime::LinuxIdMapping;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -59,7 +60,7 @@ pub enum Task {
         directory: PathBuf,
         /// Where the root file system comes from.
         root: Root,
-        /// Namespaces (`CLONE_NEW*`) of other containers' first processes.
+        /// Namespaces (`CLONE_NEW*`) of other containers' first processes, or of the pod's.
         join: Vec<i32>,
     },
     /// One more process; the document's body is the OCI process object. Descriptors: stdin, stdout and stderr unless
@@ -79,12 +80,27 @@ pub enum Task {
         direction: Direction,
     },
     /// The process that holds the pod's own namespaces; the document has no body, and no descriptors come along.
-    Pod {
-        /// The name of its uts namespace; the guest's where empty.
-        hostname: String,
-        /// Settings of its ipc namespace and of the network.
-        sysctls: BTreeMap<String, String>,
-    },
+    Pod(Pod),
+}
+
+/// The pod's own namespaces.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Pod {
+    /// The name of its uts namespace; the guest's where empty.
+    pub hostname: String,
+    /// Settings of its ipc namespace and of the network.
+    pub sysctls: BTreeMap<String, String>,
+    /// The maps of its user namespace, where it has one.
+    pub users: Option<IdMaps>,
+}
+
+/// What ids of a user namespace are outside of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct IdMaps {
+    /// Users.
+    pub uids: Vec<LinuxIdMapping>,
+    /// Groups.
+    pub gids: Vec<LinuxIdMapping>,
 }
 
 /// Which way files go.

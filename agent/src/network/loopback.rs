@@ -1,19 +1,12 @@
 //! The loopback interface, without which nothing in a container can talk to itself.
 
-use crate::log;
 use crate::sys::check;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Sets the interface `lo` up.
-pub fn loopback_up() {
-    if let Err(error) = set_up() {
-        log::error(&format!("the loopback interface stays down: {error}"));
-    }
-}
-
-fn set_up() -> io::Result<()> {
+/// Sets the interface `lo` up, in the network namespace that the caller is in.
+pub fn set_up() -> io::Result<()> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: `ifreq` is a plain structure, all zero is a valid value of it.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

@@ -26,6 +26,14 @@ pub fn rename(index: u32, name: String) -> RouteNetlinkMessage {
     RouteNetlinkMessage::SetLink(message)
 }
 
+/// Moves the interface to the network namespace of a process.
+pub fn move_to(index: u32, pid: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::NetNsPid(pid));
+    RouteNetlinkMessage::SetLink(message)
+}
+
 /// Gives the interface its name, address and MTU, and sets it up.
 pub fn link(interface: &Interface, index: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();

@@ -5,12 +5,15 @@
 //! [`vmshim_protocol::nic`]. All of it waits for the kernel, so it runs on a thread that may.
 
 pub mod endpoint;
+mod home;
+pub mod loopback;
 mod messages;
 mod request;
 mod tcp;
 
 use crate::failure::{Failure, Kind, describe};
 use crate::sys::slots;
+pub use home::Home;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use request::Interface;
@@ -31,10 +34,11 @@ const LINK_GROUP: u32 = 1;
 /// How long a link may take to come up. The host's end is there already, so it is a matter of an interrupt.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
 
-/// Configures interfaces and waits until their links are up.
-pub async fn configure(request: ConfigureNetworkRequest) -> Result<(), Failure> {
+/// Configures interfaces, at `home` where that is not in the guest's own network namespace, and waits until their links are
+/// up.
+pub async fn configure(request: ConfigureNetworkRequest, home: Option<Home>) -> Result<(), Failure> {
     let interfaces = request::parse(&request)?;
-    let done = tokio::task::spawn_blocking(move || apply(&interfaces)).await;
+    let done = tokio::task::spawn_blocking(move || apply(&interfaces, home.as_ref())).await;
     done.unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "the network's thread has died")))
 }
 
@@ -56,13 +60,21 @@ fn internal(what: &str, error: &io::Error) -> Failure {
     Failure::new(Kind::Internal, format!("{what}: {}", describe(error)))
 }
 
-fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
+fn apply(interfaces: &[Interface], home: Option<&Home>) -> Result<(), Failure> {
+    slots::look_again().map_err(|error| internal("start the network devices", &error))?;
+    let Some(home) = home else { return apply_here(interfaces) };
+    let refused = |error: io::Error| internal("take the network to the pod's users", &error);
+    home.take_in(interfaces).map_err(refused)?;
+    home.run(|| apply_here(interfaces)).map_err(refused)?
+}
+
+/// In the network namespace that the caller is in.
+fn apply_here(interfaces: &[Interface]) -> Result<(), Failure> {
     let talk = |error: io::Error| internal("talk to the guest's kernel about its network", &error);
     let mut netlink = Netlink::open().map_err(talk)?;
     // Before anything comes up, so that nothing is missed.
     let mut changes = Netlink::open().map_err(talk)?;
     changes.subscribe(LINK_GROUP).map_err(talk)?;
-    slots::look_again().map_err(|error| internal("start the network devices", &error))?;
     let mut devices = devices(&mut netlink).map_err(talk)?;
     let mut ours = Vec::new();
     for interface in interfaces {

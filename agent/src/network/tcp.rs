@@ -1,17 +1,18 @@
 //! Connections from the host to servers of the guest.
 
-use super::endpoint;
+use super::{Home, endpoint};
 use crate::failure::{Failure, Kind, describe};
 use crate::link::{Dialer, Host};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use vmshim_protocol::agent::ConnectTcpRequest;
 
-/// Connects a stream of the host to a server of the guest, and carries bytes until both ends are done.
-pub async fn connect(request: &ConnectTcpRequest) -> Result<(), Failure> {
+/// Connects a stream of the host to a server of the guest, or of the pod's network namespace, and carries bytes until both
+/// ends are done.
+pub async fn connect(request: &ConnectTcpRequest, home: Option<Home>) -> Result<(), Failure> {
     let to = endpoint::parse("to", &request.to)?;
-    let mut server = open(to).await.map_err(|error| {
+    let mut server = open(to, home.as_ref()).await.map_err(|error| {
         Failure::new(Kind::FailedPrecondition, format!("{to} of the guest: {}", describe(&error)))
     })?;
     let mut client = Host.dial(request.stream).await.map_err(|error| {
@@ -26,18 +27,25 @@ pub async fn connect(request: &ConnectTcpRequest) -> Result<(), Failure> {
 
 /// The client's family first; but on the loopback it cannot know that a server has only the other one, since its own
 /// connection has been accepted.
-async fn open(to: SocketAddr) -> io::Result<TcpStream> {
-    let result = TcpStream::connect(to).await;
+async fn open(to: SocketAddr, home: Option<&Home>) -> io::Result<TcpStream> {
+    let result = open_one(to, home).await;
     match result {
         Err(_) if to.ip().is_loopback() => {
             let other = match to.ip() {
                 IpAddr::V4(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
                 IpAddr::V6(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
             };
-            TcpStream::connect((other, to.port())).await.or(result)
+            open_one((other, to.port()).into(), home).await.or(result)
         }
         other => other,
     }
+}
+
+/// A socket is for ever of the network namespace that it was made in.
+async fn open_one(address: SocketAddr, home: Option<&Home>) -> io::Result<TcpStream> {
+    let make = if address.is_ipv4() { TcpSocket::new_v4 } else { TcpSocket::new_v6 };
+    let socket = home.map_or_else(make, |home| home.run(make)?)?;
+    socket.connect(address).await
 }
 
 #[cfg(test)]
@@ -52,16 +60,16 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
         for address in addresses {
-            assert!(open(SocketAddr::new(address, port)).await.is_ok());
+            assert!(open(SocketAddr::new(address, port), None).await.is_ok());
         }
         drop(listener);
-        assert!(open(SocketAddr::new(addresses[0], port)).await.is_err());
+        assert!(open(SocketAddr::new(addresses[0], port), None).await.is_err());
     }
 
     #[tokio::test]
     async fn what_is_no_endpoint_is_refused() {
         let to = Endpoint { address: vec![127, 0, 0, 1], port: 65536, ..Default::default() };
         let request = ConnectTcpRequest { to: Some(to).into(), ..Default::default() };
-        assert_eq!(connect(&request).await.unwrap_err().kind, Kind::InvalidArgument);
+        assert_eq!(connect(&request, None).await.unwrap_err().kind, Kind::InvalidArgument);
     }
 }

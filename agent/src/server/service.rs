@@ -161,13 +161,13 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
-        crate::network::configure(request).await?;
+        crate::network::configure(request, self.containers.home()?).await?;
         Ok(Empty::new())
     }
 
     async fn connect_tcp(&self, _: &TtrpcContext, request: ConnectTcpRequest) -> ttrpc::Result<Empty> {
         self.containers.host_network().check_inward(&request)?;
-        crate::network::connect(&request).await?;
+        crate::network::connect(&request, self.containers.home()?).await?;
         Ok(Empty::new())
     }
 

@@ -64,6 +64,7 @@ pub fn info() -> Result<Vec<u8>, protobuf::Error> {
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
+            "mountExtensions": { "idmap": { "enabled": true } },
         },
     });
     let info = RuntimeInfo {
@@ -88,11 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn recursive_read_only_is_announced() {
+    fn what_mounts_and_user_namespaces_need_is_announced() {
         let info = RuntimeInfo::parse_from_bytes(&info().unwrap()).unwrap();
         assert_eq!((info.name.as_str(), info.version.version.as_str()), ("io.containerd.vmshim.v2", VERSION));
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert!(features["mountOptions"].as_array().unwrap().contains(&json!("rro")));
+        // Both together are what CRI calls user namespaces for pods.
+        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&json!("user")));
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
         assert_eq!(info.annotations["containerd.io/runtime-allow-mounts"], "mkdir/*,format/*,erofs");
     }
 }

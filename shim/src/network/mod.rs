@@ -98,16 +98,25 @@ fn prepare_inside(
 }
 
 impl Prepared {
-    /// Gives the taps to the VMM and the description to the guest. The taps live on in the VMM alone.
+    /// Gives the taps to the VMM and the description to the guest, after the pod's own namespaces where it has such in which
+    /// its network belongs. The taps live on in the VMM alone.
     ///
     /// # Errors
     /// When either refuses.
-    pub async fn apply(self, vm: &Arc<Vm>, deadline: Instant) -> Result<(), NetworkError> {
+    pub async fn apply(
+        self,
+        vm: &Arc<Vm>,
+        namespaces: Option<&api::SetUpPodRequest>,
+        deadline: Instant,
+    ) -> Result<(), NetworkError> {
         for (slot, interface) in (0u8..).zip(&self.interfaces) {
             vm.attach_nic(slot, interface.tap.as_fd(), deadline).await?;
         }
         let interfaces = self.interfaces.into_iter().map(|interface| interface.description).collect();
         let request = api::ConfigureNetworkRequest { interfaces, ..Default::default() };
+        if let Some(namespaces) = namespaces {
+            vm.agent().set_up_pod(namespaces, deadline).await?;
+        }
         vm.agent().configure_network(&request, deadline).await?;
         if let Some(forwarder) = self.forwarder {
             forwarder.run(vm.clone());

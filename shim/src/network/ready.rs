@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use vmshim_protocol::agent::SetUpPodRequest;
 
 use super::{NetworkError, prepare};
 use crate::state::Journal;
@@ -17,13 +18,21 @@ type Outcome = Result<(), Arc<NetworkError>>;
 pub struct Ready(watch::Receiver<Option<Outcome>>);
 
 impl Ready {
-    /// Begins to give the guest the interfaces of the network namespace at `path`, of which there may be `slots`.
-    pub fn begin(path: PathBuf, slots: u8, journal: Arc<Journal>, vm: Arc<Vm>, deadline: Instant) -> Self {
+    /// Begins to give the guest the interfaces of the network namespace at `path`, of which there may be `slots`, after the
+    /// pod's own namespaces where it has such in which they belong.
+    pub fn begin(
+        path: PathBuf,
+        slots: u8,
+        namespaces: Option<SetUpPodRequest>,
+        journal: Arc<Journal>,
+        vm: Arc<Vm>,
+        deadline: Instant,
+    ) -> Self {
         let (sender, receiver) = watch::channel(None);
         tokio::spawn(async move {
             let prepared = tokio::task::spawn_blocking(move || prepare(&path, slots, &journal)).await;
             let outcome = match prepared.unwrap_or(Err(NetworkError::Internal)) {
-                Ok(prepared) => prepared.apply(&vm, deadline).await,
+                Ok(prepared) => prepared.apply(&vm, namespaces.as_ref(), deadline).await,
                 Err(error) => Err(error),
             };
             match &outcome {

@@ -7,8 +7,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use crate::storage::IdMap;
+
 /// CRI's annotation for the pod of a container.
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// CRI's annotation for what a container is to its pod.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 
 /// Why a spec cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -178,6 +183,19 @@ impl Spec {
     /// The pod that CRI puts the container in.
     pub fn sandbox_id(&self) -> Option<&str> {
         self.annotation(SANDBOX_ID).filter(|id| !id.is_empty())
+    }
+
+    /// The maps of a user namespace that the container is in, if it is in one and they are usable.
+    pub fn users(&self) -> Option<IdMap> {
+        self.linux.namespaces.iter().find(|namespace| namespace.kind == "user")?;
+        let maps = |name: &str| serde_json::from_value(self.linux.rest.get(name)?.clone()).ok();
+        let map = IdMap { uids: maps("uidMappings")?, gids: maps("gidMappings")? };
+        map.is_valid().then_some(map)
+    }
+
+    /// Whether the container is the one that stands for its pod.
+    pub fn is_sandbox(&self) -> bool {
+        self.annotation(CONTAINER_TYPE) == Some("sandbox")
     }
 
     /// Adds a bind mount, unless something is mounted there.

@@ -105,7 +105,12 @@ pub fn for_guest(
             binds.push(bind);
         }
     }
-    spec.linux.namespaces.iter_mut().try_for_each(|namespace| transform_namespace(namespace, place))?;
+    refuse_later_network(spec)?;
+    let has_users = spec.users().is_some();
+    spec.linux
+        .namespaces
+        .iter_mut()
+        .try_for_each(|namespace| transform_namespace(namespace, place, has_users))?;
     // The network is the whole guest's, so a container has none of its own.
     spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
     transform_resources(spec)?;
@@ -227,20 +232,47 @@ fn take_id_map(mount: &mut Mount) -> Result<Option<IdMap>, SpecError> {
     }
 }
 
-/// Namespaces are the guest's own; a path on the host can only mean one of the pod's.
-fn transform_namespace(namespace: &mut Namespace, place: Place<'_>) -> Result<(), SpecError> {
+/// containerd 1.7 has a pod with users of its own make its network namespace, which it configures when that pod's container
+/// has been created, as that of the container's process.
+fn refuse_later_network(spec: &Spec) -> Result<(), SpecError> {
+    let made = |kind: &str| {
+        spec.linux.namespaces.iter().any(|namespace| namespace.kind == kind && namespace.path.is_empty())
+    };
+    if spec.is_sandbox() && made("network") && made("user") {
+        let problem = "leave the network of a pod with a user namespace to be configured after its container is created; \
+                       use containerd 2.0 or newer, which configures it before"
+            .to_owned();
+        return Err(SpecError::Field { field: "linux.namespaces", problem });
+    }
+    Ok(())
+}
+
+/// Namespaces are the guest's own; a path on the host can only mean one of the pod's. What there is to a user namespace are
+/// its maps, so one of the host's that the spec tells the maps of is as good when it is the guest's. It is always the
+/// pod's, which has the network along with it.
+fn transform_namespace(
+    namespace: &mut Namespace,
+    place: Place<'_>,
+    has_users: bool,
+) -> Result<(), SpecError> {
+    let is_users = namespace.kind == "user";
+    if is_users && has_users && matches!(place, Place::Alone) {
+        POD_NAMESPACE.clone_into(&mut namespace.path);
+        return Ok(());
+    }
     if namespace.path.is_empty() || matches!(namespace.kind.as_str(), "network" | "cgroup") {
         namespace.path.clear();
         return Ok(());
     }
-    let can_be_pods = matches!(namespace.kind.as_str(), "ipc" | "uts" | "pid");
+    let can_be_pods = is_users || matches!(namespace.kind.as_str(), "ipc" | "uts" | "pid");
     match place {
         // It may be a placeholder, and is never looked at.
         Place::Sandboxed if can_be_pods => POD_NAMESPACE.clone_into(&mut namespace.path),
         Place::Member { sandbox, pid }
             if can_be_pods && namespace.path == format!("/proc/{pid}/ns/{}", namespace.kind) =>
         {
-            namespace.path = format!("{CONTAINER_NAMESPACE}{sandbox}");
+            namespace.path =
+                if is_users { POD_NAMESPACE.to_owned() } else { format!("{CONTAINER_NAMESPACE}{sandbox}") };
         }
         _ => {
             let problem = format!(
@@ -493,6 +525,12 @@ mod tests {
             assert_eq!(path(member), "vmshim-container:pod");
             assert_eq!(path(Place::Sandboxed), "vmshim-pod");
         }
+        let users = with_namespace("user", "/proc/7/ns/user");
+        for place in [member, Place::Sandboxed] {
+            let path =
+                transform_in(users.clone(), place).unwrap().0["linux"]["namespaces"][0]["path"].clone();
+            assert_eq!(path, "vmshim-pod");
+        }
         let (network, _) = transform_in(with_namespace("network", "/run/netns/x"), member).unwrap();
         assert_eq!(network["linux"]["namespaces"], json!([]));
     }
@@ -502,7 +540,7 @@ mod tests {
         let sandbox = Name::new("pod").unwrap();
         let member = Place::Member { sandbox: &sandbox, pid: 7 };
         let foreign = [
-            ("user", "/proc/7/ns/user", member),
+            ("user", "/proc/8/ns/user", member),
             ("user", "/proc/1/ns/user", Place::Alone),
             ("ipc", "/proc/8/ns/ipc", member),
             ("ipc", "/proc/7/ns/uts", member),
@@ -513,6 +551,34 @@ mod tests {
             let error = transform_in(with_namespace(kind, path), place).unwrap_err().to_string();
             assert!(error.contains("linux.namespaces") && error.contains(path), "{error}");
         }
+    }
+
+    #[test]
+    fn users_of_its_own_are_the_pods_by_their_maps() {
+        let map = json!([{ "containerID": 0, "hostID": 1000, "size": 9 }]);
+        for path in ["", "/run/pinned"] {
+            let spec = json!({ "process": { "args": ["a"] }, "linux": {
+                "namespaces": [{ "type": "user", "path": path }], "uidMappings": map, "gidMappings": map,
+            } });
+            let linux = transform_in(spec, Place::Alone).unwrap().0["linux"].clone();
+            assert_eq!(linux["namespaces"], json!([{ "type": "user", "path": "vmshim-pod" }]));
+            assert_eq!(linux["uidMappings"], map);
+        }
+    }
+
+    #[test]
+    fn a_network_that_comes_later_is_refused() {
+        let spec = |kind: &str, path: &str| {
+            json!({
+                "process": { "args": ["a"] },
+                "annotations": { "io.kubernetes.cri.container-type": kind },
+                "linux": { "namespaces": [{ "type": "user" }, { "type": "network", "path": path }] },
+            })
+        };
+        let error = transform_in(spec("sandbox", ""), Place::Alone).unwrap_err().to_string();
+        assert!(error.contains("containerd 2.0"), "{error}");
+        assert!(transform_in(spec("sandbox", "/run/netns/x"), Place::Alone).is_ok());
+        assert!(transform_in(spec("container", ""), Place::Alone).is_ok());
     }
 
     #[test]

@@ -4,16 +4,19 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use super::request::SandboxConfig;
+use crate::storage::IdMap;
 
 /// The files, in the guest's `/etc` and in the directory.
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
 
-/// Writes them into a new directory; without a name or a resolver of the pod's own, they are the host's.
+/// Writes them into a new directory; without a name or a resolver of the pod's own, they are the host's. They belong to the
+/// pod's root.
 ///
 /// # Errors
 /// When the host refuses.
@@ -25,8 +28,10 @@ pub fn write(directory: &Path, config: &SandboxConfig) -> io::Result<()> {
         name => format!("{name}\n"),
     };
     let resolver = config.dns.as_ref().map_or_else(|| of_host("resolv.conf"), |dns| dns.resolv_conf());
+    let (uid, gid) = config.users.as_ref().map_or((None, None), IdMap::root);
     for (file, text) in NAMES.iter().zip([name.as_str(), HOSTS, &resolver]) {
         fs::write(directory.join(file), text)?;
+        chown(directory.join(file), uid, gid)?;
     }
     Ok(())
 }

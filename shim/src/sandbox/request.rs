@@ -7,9 +7,11 @@ use std::collections::{BTreeMap, HashMap};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, UnknownValueRef};
-use vmshim_protocol::agent::Empty;
+use vmshim_protocol::agent::{Empty, SetUpPodRequest};
 
 use crate::oci::Limits;
+use crate::storage::{IdMap, Mapping};
+use crate::task::namespaces_of;
 
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 
@@ -20,12 +22,28 @@ const ANNOTATIONS: u32 = 7;
 const LINUX: u32 = 8;
 /// `LinuxPodSandboxConfig`.
 const CGROUP_PARENT: u32 = 1;
+const SECURITY_CONTEXT: u32 = 2;
 const SYSCTLS: u32 = 3;
 const RESOURCES: u32 = 5;
 /// `LinuxContainerResources`.
 const CPU_PERIOD: u32 = 1;
 const CPU_QUOTA: u32 = 2;
 const MEMORY_LIMIT: u32 = 4;
+
+/// `LinuxSandboxSecurityContext`.
+const NAMESPACE_OPTIONS: u32 = 1;
+/// `NamespaceOption`.
+const USERS: u32 = 5;
+/// `UserNamespace`.
+const MODE: u32 = 1;
+const UIDS: u32 = 2;
+const GIDS: u32 = 3;
+/// `IDMapping`.
+const HOST_ID: u32 = 1;
+const CONTAINER_ID: u32 = 2;
+const LENGTH: u32 = 3;
+/// `NamespaceMode`, where the pod has one of its own. It is the default, which is not sent.
+const POD: u64 = 0;
 
 /// `DNSConfig`.
 const SERVERS: u32 = 1;
@@ -52,6 +70,8 @@ pub struct SandboxConfig {
     pub limits: Limits,
     /// Where the pod has a resolver of its own.
     pub dns: Option<Dns>,
+    /// Where the pod has users of its own: what their ids are outside of it.
+    pub users: Option<IdMap>,
 }
 
 /// What is in `resolv.conf`.
@@ -106,10 +126,18 @@ impl SandboxConfig {
         Ok(config)
     }
 
+    /// What the agent is asked for the pod's own namespaces.
+    pub fn namespaces(&self) -> SetUpPodRequest {
+        namespaces_of(self.users.clone().unwrap_or_default(), self.hostname.clone(), self.sysctls.clone())
+    }
+
     fn read_linux(&mut self, linux: &[u8]) -> Result<(), Malformed> {
         for_each_field(linux, |number, value| {
             match (number, value) {
                 (CGROUP_PARENT, UnknownValueRef::LengthDelimited(text)) => self.cgroup_parent = string(text),
+                (SECURITY_CONTEXT, UnknownValueRef::LengthDelimited(context)) => {
+                    self.read_security_context(context)?;
+                }
                 (SYSCTLS, UnknownValueRef::LengthDelimited(entry)) => {
                     self.sysctls.extend([read_entry(entry)?]);
                 }
@@ -117,6 +145,21 @@ impl SandboxConfig {
                 _ => {}
             }
             Ok(())
+        })
+    }
+
+    fn read_security_context(&mut self, context: &[u8]) -> Result<(), Malformed> {
+        for_each_field(context, |number, value| match (number, value) {
+            (NAMESPACE_OPTIONS, UnknownValueRef::LengthDelimited(options)) => {
+                for_each_field(options, |number, value| match (number, value) {
+                    (USERS, UnknownValueRef::LengthDelimited(users)) => {
+                        self.users = read_users(users)?;
+                        Ok(())
+                    }
+                    _ => Ok(()),
+                })
+            }
+            _ => Ok(()),
         })
     }
 
@@ -131,6 +174,37 @@ impl SandboxConfig {
             Ok(())
         })
     }
+}
+
+fn read_users(users: &[u8]) -> Result<Option<IdMap>, Malformed> {
+    let (mut mode, mut map) = (POD, IdMap::default());
+    for_each_field(users, |number, value| {
+        match (number, value) {
+            (MODE, UnknownValueRef::Varint(value)) => mode = value,
+            (UIDS, UnknownValueRef::LengthDelimited(mapping)) => map.uids.push(read_mapping(mapping)?),
+            (GIDS, UnknownValueRef::LengthDelimited(mapping)) => map.gids.push(read_mapping(mapping)?),
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok((mode == POD).then_some(map))
+}
+
+fn read_mapping(message: &[u8]) -> Result<Mapping, Malformed> {
+    let mut mapping = Mapping { container: 0, host: 0, size: 0 };
+    for_each_field(message, |number, value| {
+        let UnknownValueRef::Varint(value) = value else { return Ok(()) };
+        // No id is this; the kernel refuses it.
+        let value = u32::try_from(value).unwrap_or(u32::MAX);
+        match number {
+            HOST_ID => mapping.host = value,
+            CONTAINER_ID => mapping.container = value,
+            LENGTH => mapping.size = value,
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok(mapping)
 }
 
 /// One entry of a map of strings.
@@ -204,6 +278,20 @@ mod tests {
         assert_eq!(config.sysctls["net.core.somaxconn"], "1");
         let limits = Limits { quota: 150_000, period: 100_000, memory: 1 << 30, partial: true };
         assert_eq!(config.limits, limits);
+    }
+
+    #[test]
+    fn users_are_the_pods_where_it_says_so() {
+        let mapping = message(&[], &[(1, 1000), (3, 65536)]);
+        let users = |mode: &[(u32, u64)]| {
+            let users = message(&[(2, &mapping), (3, &mapping)], mode);
+            let context = message(&[(1, &message(&[(5, &users)], &[(1, 2)]))], &[]);
+            let pod = message(&[(8, &message(&[(2, &context)], &[]))], &[]);
+            SandboxConfig::from_options(Some(&options(pod))).unwrap().users
+        };
+        let expected = vec![Mapping { container: 0, host: 1000, size: 65536 }];
+        assert_eq!(users(&[]), Some(IdMap { uids: expected.clone(), gids: expected }));
+        assert_eq!(users(&[(1, 2)]), None);
     }
 
     #[test]

@@ -70,6 +70,10 @@ impl Service {
         self.check_id(&request.sandbox_id)?;
         let config = SandboxConfig::from_options(request.options.as_ref())
             .map_err(|error| TaskError::Request(error.to_string()))?;
+        if config.users.as_ref().is_some_and(|users| !users.is_valid()) {
+            let problem = "the pod's user namespace needs uid and gid mappings of 1 to 340 entries";
+            return Err(TaskError::Request(problem.to_owned()));
+        }
         let cgroup = match config.cgroup_parent.as_str() {
             "" => None,
             parent => Some(cgroup_of(parent, self.pod.id.as_str())?),
@@ -82,6 +86,7 @@ impl Service {
             oom_score: None,
             netns,
             annotations: config.annotations.clone(),
+            namespaces: config.users.is_some().then(|| config.namespaces()),
         }));
         match self.furnish(&config, request.options.is_some()) {
             Ok(()) => *self.requested() = Requested { netns_path: request.netns_path, pod: config },
@@ -125,8 +130,7 @@ fn cgroup_of(parent: &str, id: &str) -> Result<Cgroup, TaskError> {
 /// Has the guest make what containers of the pod will share; that it answers says that it is up.
 async fn start(pod: Arc<Pod>, config: SandboxConfig, deadline: Instant) -> Result<SystemTime, TaskError> {
     let vm = pod.vm()?.clone();
-    let request =
-        api::SetUpPodRequest { hostname: config.hostname, sysctls: config.sysctls, ..Default::default() };
+    let request = config.namespaces();
     pod.in_guest(&vm, vm.agent().set_up_pod(&request, deadline)).await?;
     let since = SystemTime::now();
     pod.sandbox.ready(since)?;

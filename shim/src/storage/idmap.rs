@@ -56,6 +56,12 @@ impl IdMap {
         [&self.uids, &self.gids].into_iter().all(|maps| (1..=MOST_MAPPINGS).contains(&maps.len()))
     }
 
+    /// What the root of a user namespace with these maps is outside of it, user and group; None where it is nobody.
+    pub fn root(&self) -> (Option<u32>, Option<u32>) {
+        let root = |maps: &[Mapping]| Some(maps.iter().find(|map| map.container == 0 && map.size > 0)?.host);
+        (root(&self.uids), root(&self.gids))
+    }
+
     /// Takes the maps out of a mount's options, where containerd writes them for a snapshotter's mount as
     /// `uidmap=<container>:<host>:<size>,…` and `gidmap=…`; None where there are none.
     ///
@@ -147,6 +153,7 @@ mod tests {
         let expected = IdMap { uids: two, gids: map(0, 2000, 9) };
         let (found, rest) = take(&["ro", "uidmap=0:1000:5,5:70000:1", "gidmap=0:2000:9", "x=y"]).unwrap();
         assert_eq!((found, rest.as_str()), (Some(expected.clone()), "ro x=y"));
+        assert_eq!(IdMap { gids: map(1, 2000, 9), ..expected.clone() }.root(), (Some(1000), None));
         assert_eq!(take(&["ro"]).unwrap(), (None, "ro".to_owned()));
         for bad in ["uidmap=0:1", "uidmap=", "uidmap=0:1:2:3", "uidmap=-1:0:1", "uidmap=0:5000000000:1"] {
             assert_eq!(take(&[bad, "gidmap=0:1:2"]).unwrap_err(), bad);

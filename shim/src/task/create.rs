@@ -1,5 +1,6 @@
 //! Create: from a bundle to a container in the guest that waits for Start.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use super::TaskError;
 use super::container::{Container, HostStorage};
 use super::exits;
 use super::hooks;
-use super::pod::Pod;
+use super::pod::{Pod, namespaces_of};
 use super::process::{Phase, Process};
 use super::rootfs::Plan;
 use super::streams::{connect, forget};
@@ -94,7 +95,10 @@ async fn build(
             spec.bind_by_default(&source, &destination);
         }
     }
-    let wants_host_network = spec.wants_host_network() && !pod.has_netns();
+    let users = spec.users().filter(|_| matches!(place, Place::Alone));
+    let namespaces = users.map(|users| namespaces_of(users, String::new(), HashMap::new()));
+    // Users of its own have a network of their own, too.
+    let wants_host_network = spec.wants_host_network() && !pod.has_netns() && spec.users().is_none();
     let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id, place)?;
     container.set_sockets(sockets.clone());
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
@@ -143,6 +147,10 @@ async fn build(
     pod.network_ready(vm).await?;
     if wants_host_network {
         pod.in_guest(vm, pod.host_network.share(vm, deadline)).await?;
+    }
+    if let Some(namespaces) = namespaces {
+        // They are there already where the pod has a network.
+        pod.in_guest(vm, vm.agent().set_up_pod(&namespaces, deadline)).await?;
     }
     pod.in_guest(vm, vm.agent().create_container(&request, deadline)).await.map(drop)
 }

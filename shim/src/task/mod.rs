@@ -23,5 +23,5 @@ mod streams;
 mod tests;
 
 pub use error::TaskError;
-pub use pod::{BootError, Pod, Shape, configure};
+pub use pod::{BootError, Pod, Shape, configure, namespaces_of};
 pub use service::{METRICS_TYPE, services};

@@ -1,6 +1,6 @@
 //! The pod: one VM and the containers in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
+use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
@@ -24,7 +25,7 @@ use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Life};
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
-use crate::storage::{SharedError, Slots, mount_shared};
+use crate::storage::{IdMap, Mapping, SharedError, Slots, mount_shared};
 use crate::streaming::Waiting;
 use crate::vm::{LaunchError, Launcher, Machine, Vm};
 
@@ -380,6 +381,8 @@ pub struct Shape {
     pub netns: Option<PathBuf>,
     /// The pod's, of which some may change settings.
     pub annotations: BTreeMap<String, String>,
+    /// The pod's own namespaces, where it has users of its own: they belong to those, and so does its network.
+    pub namespaces: Option<api::SetUpPodRequest>,
 }
 
 impl Shape {
@@ -392,8 +395,29 @@ impl Shape {
         let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
         let netns = spec.network_namespace().map(Path::to_owned);
         let annotations = spec.annotations().clone();
-        Ok(Self { limits: Limits::of(&spec), cgroup, oom_score: spec.oom_score(), netns, annotations })
+        let namespaces = spec.users().map(|users| namespaces_of(users, String::new(), HashMap::new()));
+        let (limits, oom_score) = (Limits::of(&spec), spec.oom_score());
+        Ok(Self { limits, cgroup, oom_score, netns, annotations, namespaces })
     }
+}
+
+/// What the agent is asked for the namespaces of a pod.
+pub fn namespaces_of(
+    users: IdMap,
+    hostname: String,
+    sysctls: HashMap<String, String>,
+) -> api::SetUpPodRequest {
+    let list = |mappings: Vec<Mapping>| {
+        let one = |Mapping { container, host, size }| api::IdMapping {
+            container,
+            host,
+            size,
+            ..Default::default()
+        };
+        mappings.into_iter().map(one).collect()
+    };
+    let (uids, gids) = (list(users.uids), list(users.gids));
+    api::SetUpPodRequest { hostname, sysctls, uids, gids, ..Default::default() }
 }
 
 /// Everything that a VM can be started from as soon as its shape is known.
@@ -422,7 +446,8 @@ impl Prepared {
         let network = shape.netns.map(|netns| {
             let limit = hypervisor.boot_timeout_seconds + runtime.request_timeout_seconds;
             let deadline = Instant::now() + Duration::from_secs(limit.into());
-            Ready::begin(netns, nic_slots, self.journal.clone(), vm.clone(), deadline)
+            let namespaces = shape.namespaces;
+            Ready::begin(netns, nic_slots, namespaces, self.journal.clone(), vm.clone(), deadline)
         });
         Ok((vm, network))
     }

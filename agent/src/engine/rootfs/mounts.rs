@@ -26,6 +26,8 @@ pub struct Surroundings<'a> {
     pub cgroup_namespace: bool,
     /// Whether it has a user namespace, in which some things cannot be mounted anew.
     pub user_namespace: bool,
+    /// Whether its network is in a namespace that its user namespace owns.
+    pub network_namespace: bool,
 }
 
 /// Mounts that become read-only once everything in them is made.
@@ -56,7 +58,7 @@ pub fn make(mount: &Mount, tree: &Tree, around: &Surroundings<'_>, later: &mut L
         "cgroup" | "cgroup2" => job.cgroup(),
         "" | "none" => Err(Error::invalid(format!("{field}.type"), "is missing")),
         "tmpfs" => job.tmpfs(later),
-        "sysfs" if around.user_namespace => job.sysfs_of_guest(),
+        "sysfs" if around.user_namespace && !around.network_namespace => job.sysfs_of_guest(),
         _ => job.file_system(kind),
     }
 }
