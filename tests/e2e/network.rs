@@ -202,6 +202,32 @@ fn a_pod_looks_and_talks_as_its_namespace() {
 }
 
 #[test]
+fn the_network_belongs_to_the_users_of_a_container() {
+    let pair = Pair::new("users");
+    let host = host();
+    let before = pair.settings();
+    {
+        let (netns, map) = (pair.option(), "0:100000:65536");
+        let users = ["--uidmap", map, "--gidmap", map, "--cap-add", "CAP_NET_ADMIN"];
+        let container = host.background(&[&["--with-ns", netns.as_str()][..], &users].concat());
+        let inside = |name: &str, line: &str| succeeded(&container.exec(name, &["sh", "-c", line]));
+        assert!(inside("map", "cat /proc/1/uid_map").contains("100000"));
+        let seen = inside("look", "ls /sys/class/net; ip addr show dev eth0; ip route");
+        for line in ["eth0\nlo\n", "inet 10.9.0.2/24", "default via 10.9.0.1 dev eth0"] {
+            assert!(seen.contains(line), "{line:?} is not in:\n{seen}");
+        }
+        // A raw socket and an address are for whoever is root where the network belongs to.
+        inside("ping", "ping -c 1 -W 5 10.9.0.1 && ping -c 1 -W 5 fd00:9::1");
+        inside("add", "ip address add 10.9.0.9/24 dev eth0");
+        let caller = at(&pair.pod, || first_answer("127.0.0.1:7003"));
+        inside("server", "echo hello from the guest | nc -l -p 7003");
+        assert_eq!(caller.join().unwrap(), "hello from the guest\n");
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+#[test]
 fn a_killed_shim_leaves_the_interface_as_it_was() {
     let pair = Pair::new("kill");
     let host = host();
