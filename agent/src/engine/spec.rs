@@ -25,7 +25,7 @@ impl Namespaces {
     }
 
     /// Adds one namespace of a spec. The guest is the pod, and its network is the pod's: a container's network
-    /// namespace, new or given by a path, is the guest's own.
+    /// namespace, new or given by a path, is the guest's own, or comes with the pod's users.
     pub fn add(&mut self, kind: LinuxNamespaceType, path: Option<&str>) -> Result<()> {
         let flag = match kind {
             LinuxNamespaceType::Network => return Ok(()),
