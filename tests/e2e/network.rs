@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use vmshim_tests::containerd::digest;
 
-use crate::fixture::{BUSYBOX, host, stderr, stdout, succeeded};
+use crate::fixture::{BUSYBOX, Background, host, stderr, stdout, succeeded};
 use crate::kill::{processes, wait_for};
 
 /// What a test sends in one piece.
@@ -20,37 +20,86 @@ const BYTES: usize = 16 << 20;
 const MAC: &str = "02:00:00:00:00:aa";
 const DMZ_MAC: &str = "02:00:00:00:00:dd";
 
-/// Two network namespaces joined by a veth pair, deleted when dropped.
+/// The networks of a pair, `N` for the host's number.
+const NET_V4: &str = "10.9.0.N/24";
+const NET_V6: &str = "fd00:9::N/64";
+
+/// A kind of interface that both ends need.
+const VLAN: &[&str] = &["vlan", "id", "5"];
+
+/// Two network namespaces joined by an interface of the pod's, deleted when dropped.
 struct Pair {
     pod: String,
     peer: String,
+    /// The one in between, where the pod's interface is not the end of a cable itself.
+    node: Option<String>,
+    /// The peer's interface.
+    far: &'static str,
 }
 
 impl Pair {
     /// With nothing in the pod's but the interface `eth0`, which is up.
     fn bare(name: &str) -> Self {
-        let pair = Self { pod: format!("{name}-pod"), peer: format!("{name}-peer") };
-        for netns in [&pair.pod, &pair.peer] {
+        let pair =
+            Self { pod: format!("{name}-pod"), peer: format!("{name}-peer"), node: None, far: "veth0" };
+        pair.make_namespaces();
+        pair.cable("veth0", "eth0", &pair.pod);
+        ip(&["-n", &pair.pod, "link", "set", "eth0", "address", MAC]);
+        pair
+    }
+
+    /// As [`Pair::bare`], with an interface of a kind that stands on another one.
+    fn over(name: &str, kind: &[&str]) -> Self {
+        let node = format!("{name}-node");
+        let far = if kind == VLAN { "vlan0" } else { "veth0" };
+        let pair =
+            Self { pod: format!("{name}-pod"), peer: format!("{name}-peer"), node: Some(node.clone()), far };
+        pair.make_namespaces();
+        pair.cable("veth0", "up0", &node);
+        let link = ["-n", &node, "link", "add", "link", "up0", "name", "eth0", "netns", &pair.pod, "type"];
+        ip(&[&link, kind].concat());
+        ip(&["-n", &pair.pod, "link", "set", "eth0", "up"]);
+        if kind == VLAN {
+            let link = ["-n", &pair.peer, "link", "add", "link", "veth0", "name", far, "type"];
+            ip(&[&link, kind].concat());
+            ip(&["-n", &pair.peer, "link", "set", far, "up"]);
+        }
+        pair
+    }
+
+    fn namespaces(&self) -> impl Iterator<Item = &String> {
+        [&self.pod, &self.peer].into_iter().chain(&self.node)
+    }
+
+    fn make_namespaces(&self) {
+        for netns in self.namespaces() {
             ip(&["netns", "add", netns]);
             ip(&["-n", netns, "link", "set", "lo", "up"]);
         }
-        let link = [
-            "-n", &pair.peer, "link", "add", "veth0", "type", "veth", "peer", "name", "eth0", "netns",
-            &pair.pod,
-        ];
-        ip(&link);
-        ip(&["-n", &pair.peer, "link", "set", "veth0", "mtu", "1400", "up"]);
-        ip(&["-n", &pair.pod, "link", "set", "eth0", "address", MAC, "mtu", "1400", "up"]);
-        pair
+    }
+
+    /// A cable from the peer to another namespace.
+    fn cable(&self, near: &str, end: &str, netns: &str) {
+        ip(&["-n", &self.peer, "link", "add", near, "type", "veth", "peer", "name", end, "netns", netns]);
+        ip(&["-n", &self.peer, "link", "set", near, "mtu", "1400", "up"]);
+        ip(&["-n", netns, "link", "set", end, "mtu", "1400", "up"]);
+    }
+
+    /// Gives both ends of a link an address in each network, of which only the host's number is missing.
+    fn address(&self, far: &str, near: &str, networks: &[&str]) {
+        for network in networks {
+            for (netns, link, host) in [(&self.peer, far, "1"), (&self.pod, near, "2")] {
+                let address = network.replace('N', host);
+                let detection = if network.contains(':') { &["nodad"][..] } else { &[] };
+                ip(&[&["-n", netns, "address", "add", &address, "dev", link], detection].concat());
+            }
+        }
     }
 
     /// With addresses, routes and a neighbour, as CNI makes them.
     fn new(name: &str) -> Self {
         let pair = Self::bare(name);
-        for (netns, link, host) in [(&pair.peer, "veth0", 1), (&pair.pod, "eth0", 2)] {
-            ip(&["-n", netns, "address", "add", &format!("10.9.0.{host}/24"), "dev", link]);
-            ip(&["-n", netns, "address", "add", &format!("fd00:9::{host}/64"), "dev", link, "nodad"]);
-        }
+        pair.address("veth0", "eth0", &[NET_V4, NET_V6]);
         let pod = |arguments: &[&str]| ip(&[&["-n", pair.pod.as_str()], arguments].concat());
         pod(&["route", "add", "default", "via", "10.9.0.1"]);
         pod(&["route", "add", "192.0.2.0/24", "via", "10.77.0.1", "dev", "eth0", "onlink"]);
@@ -98,7 +147,7 @@ impl Pair {
 
 impl Drop for Pair {
     fn drop(&mut self) {
-        for netns in [&self.pod, &self.peer] {
+        for netns in self.namespaces() {
             let _ = Command::new("ip").args(["netns", "delete", netns]).output();
         }
     }
@@ -131,6 +180,62 @@ fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {}", stderr(&output));
     stdout(&output)
+}
+
+/// What a container and its peer say to each other.
+struct Talk<'a> {
+    pair: &'a Pair,
+    container: &'a Background<'a>,
+}
+
+impl Talk<'_> {
+    fn inside(&self, name: &str, line: &str) -> String {
+        succeeded(&self.container.exec(name, &["sh", "-c", line]))
+    }
+
+    fn ping(&self, address: &str) {
+        self.inside(&format!("ping-{}", name_of(address)), &format!("ping -c 1 -W 5 {address}"));
+    }
+
+    /// The container calls and the peer sends.
+    fn down(&self, address: &str) {
+        let served = self.pair.serve(address, |mut client| client.write_all(&pattern()).unwrap());
+        let line = format!("nc -w 60 {} </dev/null | sha256sum", words(address));
+        let digested = self.inside(&format!("down-{}", name_of(address)), &line);
+        served.join().unwrap();
+        let (expected, _) = digest(&pattern()[..]).unwrap();
+        assert_eq!(digested.split_whitespace().next(), Some(expected.as_str()), "{address}");
+    }
+
+    /// The container calls and sends.
+    fn up(&self, address: &str) {
+        let length = u64::try_from(BYTES).unwrap();
+        let served = self.pair.serve(address, move |client| {
+            assert_eq!(digest(client).unwrap(), digest(std::io::repeat(0).take(length)).unwrap());
+        });
+        let line = format!("head -c {length} /dev/zero | nc -w 60 {}", words(address));
+        self.inside(&format!("up-{}", name_of(address)), &line);
+        served.join().unwrap();
+    }
+
+    /// Somebody in a namespace calls and the container sends.
+    fn inwards(&self, from: &str, address: &'static str) {
+        let caller = at(from, move || first_answer(address));
+        let port = address.rsplit(':').next().unwrap();
+        self.inside(&format!("server-{port}"), &format!("echo hello from the guest | nc -l -p {port}"));
+        assert_eq!(caller.join().unwrap(), "hello from the guest\n", "{address}");
+    }
+}
+
+/// An address and a port as `nc` takes them.
+fn words(address: &str) -> String {
+    let address: SocketAddr = address.parse().unwrap();
+    format!("{} {}", address.ip(), address.port())
+}
+
+/// What an exec can be called.
+fn name_of(address: &str) -> String {
+    address.chars().filter(char::is_ascii_hexdigit).collect()
 }
 
 fn pattern() -> Vec<u8> {
@@ -166,26 +271,13 @@ fn a_pod_looks_and_talks_as_its_namespace() {
         inside("ping", "ping -c 1 -W 5 10.9.0.1 && ping -c 1 -W 5 fd00:9::1");
 
         // Outwards, and what comes back; IPv4 down, IPv6 up.
-        let down = pair.serve("10.9.0.1:7000", |mut client| client.write_all(&pattern()).unwrap());
-        let digested = inside("down", "nc -w 60 10.9.0.1 7000 </dev/null | sha256sum");
-        down.join().unwrap();
-        let (expected, _) = digest(&pattern()[..]).unwrap();
-        assert_eq!(digested.split_whitespace().next(), Some(expected.as_str()));
-        let up = pair.serve("[fd00:9::1]:7001", |client| {
-            assert_eq!(digest(client).unwrap(), digest(std::io::repeat(0).take(16 << 20)).unwrap());
-        });
-        inside("up", "head -c 16777216 /dev/zero | nc -w 60 fd00:9::1 7001");
-        up.join().unwrap();
-
+        let talk = Talk { pair: &pair, container: &container };
+        talk.down("10.9.0.1:7000");
+        talk.up("[fd00:9::1]:7001");
         // Inwards: the container listens, for the peer, and for the pod's own localhost.
-        for (place, address) in
-            [(&pair.peer, "10.9.0.2:7002"), (&pair.pod, "127.0.0.1:7003"), (&pair.pod, "[::1]:7004")]
-        {
-            let caller = at(place, move || first_answer(address));
-            let port = address.rsplit(':').next().unwrap();
-            inside(&format!("server{port}"), &format!("echo hello from the guest | nc -l -p {port}"));
-            assert_eq!(caller.join().unwrap(), "hello from the guest\n", "{address}");
-        }
+        talk.inwards(&pair.peer, "10.9.0.2:7002");
+        talk.inwards(&pair.pod, "127.0.0.1:7003");
+        talk.inwards(&pair.pod, "[::1]:7004");
 
         let second = host.run(&["--with-ns", &pair.option()], BUSYBOX, &["true"]);
         assert!(!second.status.success());
@@ -196,6 +288,83 @@ fn a_pod_looks_and_talks_as_its_namespace() {
         );
         assert!(pair.settings() != before, "the tap is not in the pod's namespace");
         inside("still", "ping -c 1 -W 5 10.9.0.1");
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+/// The pod talks through whatever it has, and the interface stays as it is.
+fn talks_over(name: &str, kind: &[&str]) {
+    let pair = Pair::over(name, kind);
+    pair.address(pair.far, "eth0", &[NET_V4, NET_V6]);
+    let host = host();
+    let before = pair.settings();
+    {
+        let container = host.background(&["--with-ns", &pair.option()]);
+        let talk = Talk { pair: &pair, container: &container };
+        let mac = talk.inside("mac", "cat /sys/class/net/eth0/address");
+        assert!(before.contains(&format!("link/ether {} ", mac.trim())), "{mac} is not in {before}");
+        talk.ping("10.9.0.1");
+        talk.ping("fd00:9::1");
+        talk.down("10.9.0.1:7000");
+        talk.up("[fd00:9::1]:7001");
+        talk.inwards(&pair.peer, "10.9.0.2:7002");
+        talk.inwards(&pair.peer, "[fd00:9::2]:7003");
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+#[test]
+fn a_pod_talks_over_macvlan() {
+    talks_over("macvlan", &["macvlan", "mode", "bridge"]);
+}
+
+#[test]
+fn a_pod_talks_over_ipvlan_with_the_address_of_the_interface_below() {
+    talks_over("ipvlan", &["ipvlan", "mode", "l2"]);
+}
+
+/// Nobody has told the shim of this kind: that it carries Ethernet frames is enough.
+#[test]
+fn a_pod_talks_over_any_other_kind() {
+    talks_over("vlan", VLAN);
+}
+
+#[test]
+fn a_pod_of_ipv6_alone_talks() {
+    let pair = Pair::bare("six");
+    pair.address("veth0", "eth0", &[NET_V6]);
+    ip(&["-n", &pair.pod, "-6", "route", "add", "default", "via", "fd00:9::1"]);
+    let host = host();
+    let before = pair.settings();
+    {
+        let container = host.background(&["--with-ns", &pair.option()]);
+        let talk = Talk { pair: &pair, container: &container };
+        let seen = talk.inside("look", "ip address show dev eth0; ip -6 route");
+        assert!(!seen.contains("inet ") && seen.contains("default via fd00:9::1 dev eth0"), "{seen}");
+        talk.down("[fd00:9::1]:7000");
+        talk.inwards(&pair.peer, "[fd00:9::2]:7001");
+        talk.inwards(&pair.pod, "[::1]:7002");
+    }
+    host.assert_nothing_left();
+    assert_eq!(pair.settings(), before);
+}
+
+#[test]
+fn a_pod_talks_over_each_of_its_interfaces() {
+    let pair = Pair::new("two");
+    pair.cable("veth1", "eth1", &pair.pod);
+    pair.address("veth1", "eth1", &["10.10.0.N/24"]);
+    let host = host();
+    let before = pair.settings();
+    {
+        let container = host.background(&["--with-ns", &pair.option()]);
+        let talk = Talk { pair: &pair, container: &container };
+        talk.down("10.9.0.1:7000");
+        talk.down("10.10.0.1:7001");
+        talk.inwards(&pair.peer, "10.9.0.2:7002");
+        talk.inwards(&pair.peer, "10.10.0.2:7003");
     }
     host.assert_nothing_left();
     assert_eq!(pair.settings(), before);
