@@ -129,7 +129,7 @@ settings! {
         default_memory_mib: u32 = 512u32, in 64..=4_194_304u32;
         /// The least memory that a pod gets, in MiB, whatever its limit.
         min_memory_mib: u32 = 128u32, in 64..=4_194_304u32;
-        /// The most memory that a pod gets, in MiB, whatever its limit.
+        /// The most memory that a pod gets, in MiB, whatever its limit, which gives it no more than the host has either.
         max_memory_mib: u32 = 262_144u32, in 64..=4_194_304u32;
         /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
         overhead_memory_mib: u32 = 64u32, in 0..=65_536u32;

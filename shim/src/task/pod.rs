@@ -27,7 +27,7 @@ use crate::sandbox::{self, Life};
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
 use crate::storage::{IdMap, Mapping, SharedError, Slots, mount_shared};
 use crate::streaming::Waiting;
-use crate::vm::{LaunchError, Launcher, Machine, Vm};
+use crate::vm::{LaunchError, Launcher, Machine, Vm, host_memory_mib};
 
 /// How long to wait for the reason when the guest's connection breaks.
 const REASON_LIMIT: Duration = Duration::from_secs(1);
@@ -434,7 +434,7 @@ impl Prepared {
         let nic_slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
         let launcher = Launcher {
             config: &config,
-            machine: Machine::new(&config, &shape.limits),
+            machine: Machine::new(&config, &shape.limits, host_memory_mib()),
             id: id.as_str(),
             shared: &dir.shared(),
             cgroup: shape.cgroup,

@@ -15,13 +15,14 @@ pub struct Machine {
 impl Machine {
     /// Sizes the machine by the pod's limits, within what the administrator allows. Without a limit, the default; a
     /// CPU limit says nothing about memory and the other way round. A pod whose containers are yet to come has no less
-    /// than the default: the sum of limits says nothing about containers without one.
-    pub fn new(config: &Config, limits: &Limits) -> Self {
+    /// than the default: the sum of limits says nothing about containers without one. A limit may be more than the host
+    /// has, of which a machine could use nothing and would need 1.6 % for bookkeeping.
+    pub fn new(config: &Config, limits: &Limits, host_memory_mib: u32) -> Self {
         let vm = &config.hypervisor;
         let vcpus = limits.cpus().map_or(vm.default_vcpus, |cpus| u8::try_from(cpus).unwrap_or(u8::MAX));
         let memory_mib = limits.memory_bytes().map_or(vm.default_memory_mib, |bytes| {
             let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-            mib.saturating_add(vm.overhead_memory_mib)
+            mib.saturating_add(vm.overhead_memory_mib).min(host_memory_mib)
         });
         let (vcpus, memory_mib) = if limits.partial {
             (vcpus.max(vm.default_vcpus), memory_mib.max(vm.default_memory_mib))
@@ -35,6 +36,12 @@ impl Machine {
     }
 }
 
+/// The memory that the host has.
+pub fn host_memory_mib() -> u32 {
+    let bytes = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
+    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -42,14 +49,15 @@ mod tests {
     use super::*;
 
     fn machine(quota: i64, period: u64, memory: i64) -> (u8, u32) {
-        let machine = Machine::new(&Config::default(), &Limits { quota, period, memory, partial: false });
+        let limits = Limits { quota, period, memory, partial: false };
+        let machine = Machine::new(&Config::default(), &limits, u32::MAX);
         (machine.vcpus, machine.memory_mib)
     }
 
     #[test]
     fn a_pod_has_the_default_at_least() {
         let pod = |memory| Limits { memory, partial: true, ..Limits::default() };
-        let memory = |memory| Machine::new(&Config::default(), &pod(memory)).memory_mib;
+        let memory = |memory| Machine::new(&Config::default(), &pod(memory), u32::MAX).memory_mib;
         assert_eq!((memory(0), memory(1 << 20), memory(1 << 30)), (512, 512, 1088));
     }
 
@@ -65,6 +73,14 @@ mod tests {
     fn limits_stay_within_the_administrators_bounds() {
         assert_eq!(machine(i64::MAX, 1, i64::MAX), (32, 262_144));
         assert_eq!(machine(1, u64::MAX, 1), (1, 128));
+    }
+
+    #[test]
+    fn a_limit_beyond_the_hosts_memory_makes_no_machine_beyond_it() {
+        let limits = Limits { memory: 1 << 40, partial: true, ..Limits::default() };
+        assert_eq!(Machine::new(&Config::default(), &limits, 3000).memory_mib, 3000);
+        // What the administrator has set is not a pod's to be taken for wrong.
+        assert_eq!(Machine::new(&Config::default(), &limits, 100).memory_mib, 512);
     }
 
     proptest! {
