@@ -46,7 +46,7 @@ pub fn host() -> Host {
     });
     let daemon = daemon.lock().unwrap_or_else(PoisonError::into_inner);
     let (log_length, events_length) = (daemon.log().len(), daemon.events().len());
-    Host { before: Census::take(), daemon, log_length, events_length }
+    Host { before: Census::take(&daemon.kept_for_containers()), daemon, log_length, events_length }
 }
 
 /// Lets guests take long to boot, since KVM itself may be emulated here.
@@ -108,9 +108,22 @@ impl Host {
 
     /// Asserts that the host holds nothing that it did not hold when the test began.
     pub fn assert_nothing_left(&self) {
-        if let Err(left) = census::settled(&self.before, SETTLE) {
+        if let Err(left) = self.left() {
             panic!("left behind: {left:#?}\n{}", tail(&self.log()));
         }
+    }
+
+    /// What the host holds that it did not hold when the test began, or when this was last asked.
+    pub fn newly_left(&mut self) -> Vec<String> {
+        let left = self.left().err().unwrap_or_default();
+        if !left.is_empty() {
+            self.before = Census::take(&self.daemon.kept_for_containers());
+        }
+        left
+    }
+
+    fn left(&self) -> Result<(), Vec<String>> {
+        census::settled(&self.before, SETTLE)
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
+use anyhow::Result;
 use vmshim_tests::cri::{
     ContainerConfig, ContainerRequest, ContainerState, ContainerStatsResponse, ContainerStatusResponse,
     CreateContainerRequest, CreateContainerResponse, Cri, Empty, ExecSyncRequest, ExecSyncResponse,
@@ -27,25 +28,17 @@ impl Pod {
     }
 
     /// A pod with a configuration of its own, which gets a name here.
-    pub fn configured(host: &Host, handler: &str, pid: NamespaceMode, config: PodSandboxConfig) -> Self {
-        Self::attempt(host, handler, pid, config).unwrap()
-    }
-
-    fn attempt(
-        host: &Host,
-        handler: &str,
-        pid: NamespaceMode,
-        mut config: PodSandboxConfig,
-    ) -> anyhow::Result<Self> {
-        let cri = Cri::connect(&host.address()).unwrap();
-        let metadata = config.metadata.mut_or_insert_default();
-        metadata.name = host.id();
-        metadata.uid.clone_from(&metadata.name);
-        "default".clone_into(&mut metadata.namespace);
+    pub fn configured(host: &Host, handler: &str, pid: NamespaceMode, mut config: PodSandboxConfig) -> Self {
         let linux = config.linux.mut_or_insert_default();
         let options =
             linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
         options.pid = pid.into();
+        Self::attempt(host, handler, named(config, &host.id())).unwrap()
+    }
+
+    /// A pod that may be refused.
+    pub fn attempt(host: &Host, handler: &str, config: PodSandboxConfig) -> Result<Self> {
+        let cri = Cri::connect(&host.address())?;
         let request = RunPodSandboxRequest {
             config: Some(config.clone()).into(),
             runtime_handler: handler.to_owned(),
@@ -56,6 +49,11 @@ impl Pod {
     }
 
     fn create(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> String {
+        self.attempt_create(name, line, mounts).unwrap()
+    }
+
+    /// A container of busybox that runs a line, and may be refused.
+    pub fn attempt_create(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> Result<String> {
         let mut config = ContainerConfig {
             command: ["sh", "-c", line].map(str::to_owned).to_vec(),
             mounts: mounts
@@ -71,21 +69,27 @@ impl Pod {
         };
         name.clone_into(&mut config.metadata.mut_or_insert_default().name);
         BUSYBOX.clone_into(&mut config.image.mut_or_insert_default().image);
-        let linux = config.linux.mut_or_insert_default();
-        linux.security_context.mut_or_insert_default().namespace_options =
-            self.config.linux.security_context.namespace_options.clone();
+        let pods = &self.config.linux.security_context;
+        let own = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        own.namespace_options = pods.namespace_options.clone();
+        own.privileged = pods.privileged;
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config).into(),
             sandbox_config: Some(self.config.clone()).into(),
             ..Default::default()
         };
-        self.cri.call::<CreateContainerResponse>("CreateContainer", &request).unwrap().container_id
+        Ok(self.cri.call::<CreateContainerResponse>("CreateContainer", &request)?.container_id)
     }
 
     fn call(&self, method: &str, id: &str) {
+        self.attempt_call(method, id).unwrap();
+    }
+
+    /// A method of containers that has no answer, and may be refused.
+    pub fn attempt_call(&self, method: &str, id: &str) -> Result<()> {
         let request = ContainerRequest { container_id: id.to_owned(), ..Default::default() };
-        self.cri.call::<Empty>(method, &request).unwrap();
+        self.cri.call::<Empty>(method, &request).map(drop)
     }
 
     /// A container of busybox that runs a line.
@@ -108,16 +112,15 @@ impl Pod {
 
     /// What a line prints in a container.
     pub fn exec(&self, id: &str, line: &str) -> String {
-        let request = ExecSyncRequest {
-            container_id: id.to_owned(),
-            cmd: ["sh", "-c", line].map(str::to_owned).to_vec(),
-            timeout: 60,
-            ..Default::default()
-        };
-        let done = self.cri.call::<ExecSyncResponse>("ExecSync", &request).unwrap();
+        let done = exec(&self.cri, id, line).unwrap();
         let output = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).trim().to_owned();
         assert_eq!(done.exit_code, 0, "{line}: {output}");
         output
+    }
+
+    /// Runs a line in a container, whatever its exit status, unless that is refused.
+    pub fn attempt_exec(&self, id: &str, line: &str) -> Result<()> {
+        exec(&self.cri, id, line).map(drop)
     }
 
     /// Removes the pod.
@@ -125,11 +128,42 @@ impl Pod {
         self.remove().unwrap();
     }
 
-    fn remove(&self) -> anyhow::Result<Empty> {
-        let request = PodSandboxRequest { pod_sandbox_id: self.id.clone(), ..Default::default() };
-        self.cri.call::<Empty>("StopPodSandbox", &request)?;
-        self.cri.call("RemovePodSandbox", &request)
+    /// Stops the pod, unless that is refused.
+    pub fn attempt_stop(&self) -> Result<()> {
+        self.attempt_pod_call("StopPodSandbox")
     }
+
+    fn remove(&self) -> Result<()> {
+        self.attempt_stop()?;
+        self.attempt_pod_call("RemovePodSandbox")
+    }
+
+    fn attempt_pod_call(&self, method: &str) -> Result<()> {
+        let request = PodSandboxRequest { pod_sandbox_id: self.id.clone(), ..Default::default() };
+        self.cri.call::<Empty>(method, &request).map(drop)
+    }
+}
+
+/// Runs a line in a container to its end.
+pub fn exec(cri: &Cri, container: &str, line: &str) -> Result<ExecSyncResponse> {
+    let request = ExecSyncRequest {
+        container_id: container.to_owned(),
+        cmd: ["sh", "-c", line].map(str::to_owned).to_vec(),
+        timeout: 60,
+        ..Default::default()
+    };
+    cri.call("ExecSync", &request)
+}
+
+/// Gives a pod its name, which nobody else may have.
+pub fn named(mut config: PodSandboxConfig, name: &str) -> PodSandboxConfig {
+    let metadata = config.metadata.mut_or_insert_default();
+    for field in [&mut metadata.name, &mut metadata.uid] {
+        name.clone_into(field);
+    }
+    "default".clone_into(&mut metadata.namespace);
+    config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    config
 }
 
 impl Drop for Pod {
@@ -139,7 +173,8 @@ impl Drop for Pod {
     }
 }
 
-const FOREVER: &str = "sleep 10000";
+/// A container's line that does not end by itself.
+pub const FOREVER: &str = "sleep 10000";
 
 fn two_containers_share_a_pod(handler: &str) {
     let host = host();
@@ -255,7 +290,7 @@ fn a_pod_of_a_pause_container_has_users_of_its_own() {
         return a_pod_has_users_of_its_own("vmshim");
     }
     let host = host();
-    let refusal = Pod::attempt(&host, "vmshim", NamespaceMode::CONTAINER, with_users()).err().unwrap();
+    let refusal = Pod::attempt(&host, "vmshim", named(with_users(), &host.id())).err().unwrap();
     assert!(refusal.to_string().contains("containerd 2.0"), "{refusal:#}");
     host.assert_nothing_left();
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,16 @@ const EROFS_LAYERS: &str = "/io.containerd.snapshotter.v1.erofs/snapshots/";
 
 /// Everything on the host that a container's life may have added to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Census(BTreeSet<String>);
+pub struct Census {
+    directories: Vec<PathBuf>,
+    found: BTreeSet<String>,
+}
 
 impl Census {
     /// Counts processes, mounts, sockets, network interfaces (those of named namespaces too, with what
-    /// redirects their traffic), cgroups, loop devices and the runtime's own files.
-    pub fn take() -> Self {
+    /// redirects their traffic), cgroups, loop devices, the runtime's own files and what is in the subdirectories of
+    /// `directories`, but not these themselves, which stay.
+    pub fn take(directories: &[PathBuf]) -> Self {
         let mut found = BTreeSet::new();
         processes(&mut found);
         mounts(&mut found);
@@ -25,14 +29,17 @@ impl Census {
         namespaces(&mut found);
         files(&mut found, Path::new("/run/vmshim"), "file", usize::MAX);
         files(&mut found, Path::new("/run/containerd/s"), "file", usize::MAX);
-        directories(&mut found, Path::new("/sys/fs/cgroup"));
+        cgroups(&mut found, Path::new("/sys/fs/cgroup"));
         loops(&mut found);
-        Self(found)
+        for subdirectory in directories.iter().flat_map(fs::read_dir).flatten().flatten() {
+            files(&mut found, &subdirectory.path(), "file", usize::MAX);
+        }
+        Self { directories: directories.to_owned(), found }
     }
 
     /// What is there now and was not at `before`.
     pub fn since(&self, before: &Self) -> Vec<String> {
-        self.0.difference(&before.0).cloned().collect()
+        self.found.difference(&before.found).cloned().collect()
     }
 }
 
@@ -44,7 +51,7 @@ impl Census {
 pub fn settled(before: &Census, deadline: Duration) -> Result<(), Vec<String>> {
     let started = Instant::now();
     loop {
-        let left = Census::take().since(before);
+        let left = Census::take(&before.directories).since(before);
         if left.is_empty() {
             return Ok(());
         }
@@ -99,6 +106,7 @@ fn links(found: &mut BTreeSet<String>) {
 fn namespaces(found: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir("/run/netns") else { return };
     for name in entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+        found.insert(format!("network namespace {name}"));
         for (kind, program, arguments) in
             [("link", "ip", &["-o", "link", "show"][..]), ("qdisc", "tc", &["qdisc", "show"])]
         {
@@ -139,10 +147,10 @@ fn files(found: &mut BTreeSet<String>, directory: &Path, kind: &str, depth: usiz
     }
 }
 
-fn directories(found: &mut BTreeSet<String>, directory: &Path) {
+fn cgroups(found: &mut BTreeSet<String>, directory: &Path) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
         found.insert(format!("cgroup {}", entry.path().display()));
-        directories(found, &entry.path());
+        cgroups(found, &entry.path());
     }
 }

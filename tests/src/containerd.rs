@@ -46,6 +46,9 @@ impl Containerd {
         let networks = directory.join("cni");
         fs::create_dir_all(&networks)?;
         fs::write(networks.join("10-pods.conflist"), PODS_NETWORK)?;
+        let unaddressed = directory.join("cni-unaddressed");
+        fs::create_dir_all(&unaddressed)?;
+        fs::write(unaddressed.join("10-unaddressed.conflist"), unaddressed_network())?;
         let daemon = spawn(programs, directory)?;
         let (directory, programs) = (directory.to_owned(), programs.to_owned());
         let mut this = Self { directory, programs, daemon, listener: None };
@@ -68,6 +71,19 @@ impl Containerd {
     /// The directory of a container's bundle.
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.directory.join("state/io.containerd.runtime.v2.task/default").join(id)
+    }
+
+    /// Where it keeps what belongs to single containers and pods and nothing else, in subdirectories by kind.
+    pub fn kept_for_containers(&self) -> Vec<PathBuf> {
+        let services = ["runtime.v2.task", "grpc.v1.cri", "sandbox.controller.v1.shim"]
+            .map(|name| format!("io.containerd.{name}"));
+        let beside = |kept: &str| services.clone().map(|service| self.directory.join(kept).join(service));
+        [beside("root"), beside("state")].concat()
+    }
+
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.id()
     }
 
     /// The daemon's name and version.
@@ -253,6 +269,18 @@ const PODS_NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "pods", "plugins":
   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]}}]}
 "#;
 
+/// What the interfaces of [`unaddressed_network`] stand on; whoever uses it has to make it.
+pub const LINK_BELOW: &str = "unaddressed0";
+
+/// An interface, and nobody to give it an address.
+fn unaddressed_network() -> String {
+    format!(
+        r#"{{"cniVersion": "1.0.0", "name": "unaddressed", "plugins": [{{"type": "macvlan", "master": "{LINK_BELOW}",
+  "ipam": {{}}}}]}}
+"#
+    )
+}
+
 fn configuration(programs: &Path, directory: &Path) -> Result<String> {
     let plugins = programs.join("../lib/cni");
     let (directory, plugins) = (directory.display(), plugins.display());
@@ -277,6 +305,11 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
   runtime_type = "{RUNC}"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim]
   runtime_type = "{VMSHIM}"
+  privileged_without_host_devices = true
+  pod_annotations = ["io.vmshim.*"]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-unaddressed]
+  runtime_type = "{VMSHIM}"
+  cni_conf_dir = "{directory}/cni-unaddressed"
 "#
     );
     // What a containerd before 2 refuses or does not have: layers in erofs, and sandboxes that are the shim's.
@@ -286,6 +319,8 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-sandbox]
   runtime_type = "{VMSHIM}"
   sandboxer = "shim"
+  privileged_without_host_devices = true
+  pod_annotations = ["io.vmshim.*"]
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.vmshim-streaming]
   runtime_type = "{VMSHIM}"
   sandboxer = "shim"
