@@ -198,6 +198,11 @@ impl Spec {
         self.annotation(CONTAINER_TYPE) == Some("sandbox")
     }
 
+    /// The pod that has to be there before the container is.
+    pub fn member_of(&self) -> Option<&str> {
+        self.sandbox_id().filter(|_| self.annotation(CONTAINER_TYPE) == Some("container"))
+    }
+
     /// Adds a bind mount, unless something is mounted there.
     pub fn bind_by_default(&mut self, source: &Path, destination: &Path) {
         if self.mounts.iter().any(|mount| Path::new(&mount.destination) == destination) {

@@ -50,6 +50,9 @@ pub enum BootError {
     /// `config.json`.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A container of a pod whose shim is no more, so that containerd has started another.
+    #[error("the pod {0} has ended and takes no more containers; run a new one")]
+    PodEnded(String),
     /// The cgroup's name.
     #[error(transparent)]
     Cgroup(#[from] InvalidPath),
@@ -389,9 +392,12 @@ impl Shape {
     /// As the pod's first container wants it.
     ///
     /// # Errors
-    /// When its spec is not understood.
+    /// When its spec is not understood, or it cannot be the first.
     fn of_bundle(bundle: &Path) -> Result<Self, BootError> {
         let spec = Spec::read(bundle)?;
+        if let Some(pod) = spec.member_of() {
+            return Err(BootError::PodEnded(pod.to_owned()));
+        }
         let cgroup = spec.cgroups_path().map(Cgroup::locate).transpose()?;
         let netns = spec.network_namespace().map(Path::to_owned);
         let annotations = spec.annotations().clone();
@@ -471,4 +477,27 @@ fn begin_journal(serving: &Serving, config: &Config, dir: &PodDir) -> Result<Jou
     journal.intend(&Entry::File(serving.socket.clone()))?;
     journal.intend(&Entry::Shim(own))?;
     Ok(journal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(kind: &str) -> Result<Shape, BootError> {
+        let bundle = tempfile::tempdir().unwrap();
+        let annotations = format!(
+            r#"{{"io.kubernetes.cri.sandbox-id":"web","io.kubernetes.cri.container-type":"{kind}"}}"#
+        );
+        let spec = format!(r#"{{"process":{{"args":["a"]}},"annotations":{annotations}}}"#);
+        std::fs::write(bundle.path().join("config.json"), spec).unwrap();
+        Shape::of_bundle(bundle.path())
+    }
+
+    #[test]
+    fn a_container_of_a_pod_that_has_ended_makes_no_vm() {
+        assert!(shape("sandbox").is_ok());
+        let error = shape("container").unwrap_err();
+        assert_eq!(error.to_string(), "the pod web has ended and takes no more containers; run a new one");
+        assert!(!error.is_invalid());
+    }
 }
