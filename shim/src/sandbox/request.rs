@@ -44,16 +44,31 @@ const CONTAINER_ID: u32 = 2;
 const LENGTH: u32 = 3;
 /// `NamespaceMode`, where the pod has one of its own. It is the default, which is not sent.
 const POD: u64 = 0;
+/// `NamespaceMode`, where it has the node's.
+const NODE: u64 = 2;
 
 /// `DNSConfig`.
 const SERVERS: u32 = 1;
 const SEARCHES: u32 = 2;
 const OPTIONS: u32 = 3;
 
-/// The options are not the message that their type says.
+/// Why there is no such sandbox.
 #[derive(Debug, thiserror::Error)]
-#[error("the sandbox's options are not a {TYPE}: {0}")]
-pub struct Malformed(#[from] protobuf::Error);
+pub enum InvalidConfig {
+    /// The options are not the message that their type says.
+    #[error("the sandbox's options are not a {TYPE}: {0}")]
+    Malformed(#[from] protobuf::Error),
+    /// Users that are neither the pod's nor everybody's.
+    #[error(
+        "the users of a pod are its own (POD) or the node's (NODE); mode {0} of its user namespace is neither"
+    )]
+    UserMode(u64),
+    /// Maps without root, or such as the kernel does not take.
+    #[error(
+        "a pod with users of its own needs uid and gid mappings, 1 to 340 of each, in which its root is somebody"
+    )]
+    Users,
+}
 
 /// A sandbox as it is asked for.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -104,8 +119,8 @@ impl SandboxConfig {
     /// Reads the options of CreateSandbox. None, and types that are not CRI's, ask for nothing.
     ///
     /// # Errors
-    /// When the message is cut or garbled.
-    pub fn from_options(options: Option<&Any>) -> Result<Self, Malformed> {
+    /// When the message is cut or garbled, or asks for users that a pod cannot have.
+    pub fn from_options(options: Option<&Any>) -> Result<Self, InvalidConfig> {
         let limits = Limits { partial: true, ..Limits::default() };
         let mut config = Self { limits, ..Self::default() };
         let Some(options) = options.filter(|any| any.type_url.rsplit('/').next() == Some(TYPE)) else {
@@ -131,7 +146,7 @@ impl SandboxConfig {
         namespaces_of(self.users.clone().unwrap_or_default(), self.hostname.clone(), self.sysctls.clone())
     }
 
-    fn read_linux(&mut self, linux: &[u8]) -> Result<(), Malformed> {
+    fn read_linux(&mut self, linux: &[u8]) -> Result<(), InvalidConfig> {
         for_each_field(linux, |number, value| {
             match (number, value) {
                 (CGROUP_PARENT, UnknownValueRef::LengthDelimited(text)) => self.cgroup_parent = string(text),
@@ -148,7 +163,7 @@ impl SandboxConfig {
         })
     }
 
-    fn read_security_context(&mut self, context: &[u8]) -> Result<(), Malformed> {
+    fn read_security_context(&mut self, context: &[u8]) -> Result<(), InvalidConfig> {
         for_each_field(context, |number, value| match (number, value) {
             (NAMESPACE_OPTIONS, UnknownValueRef::LengthDelimited(options)) => {
                 for_each_field(options, |number, value| match (number, value) {
@@ -163,7 +178,7 @@ impl SandboxConfig {
         })
     }
 
-    fn read_resources(&mut self, resources: &[u8]) -> Result<(), Malformed> {
+    fn read_resources(&mut self, resources: &[u8]) -> Result<(), InvalidConfig> {
         for_each_field(resources, |number, value| {
             match (number, value) {
                 (CPU_PERIOD, UnknownValueRef::Varint(value)) => self.limits.period = value,
@@ -176,7 +191,7 @@ impl SandboxConfig {
     }
 }
 
-fn read_users(users: &[u8]) -> Result<Option<IdMap>, Malformed> {
+fn read_users(users: &[u8]) -> Result<Option<IdMap>, InvalidConfig> {
     let (mut mode, mut map) = (POD, IdMap::default());
     for_each_field(users, |number, value| {
         match (number, value) {
@@ -187,10 +202,15 @@ fn read_users(users: &[u8]) -> Result<Option<IdMap>, Malformed> {
         }
         Ok(())
     })?;
-    Ok((mode == POD).then_some(map))
+    match mode {
+        POD if map.is_valid() && matches!(map.root(), (Some(_), Some(_))) => Ok(Some(map)),
+        POD => Err(InvalidConfig::Users),
+        NODE => Ok(None),
+        mode => Err(InvalidConfig::UserMode(mode)),
+    }
 }
 
-fn read_mapping(message: &[u8]) -> Result<Mapping, Malformed> {
+fn read_mapping(message: &[u8]) -> Result<Mapping, InvalidConfig> {
     let mut mapping = Mapping { container: 0, host: 0, size: 0 };
     for_each_field(message, |number, value| {
         let UnknownValueRef::Varint(value) = value else { return Ok(()) };
@@ -208,7 +228,7 @@ fn read_mapping(message: &[u8]) -> Result<Mapping, Malformed> {
 }
 
 /// One entry of a map of strings.
-fn read_entry(entry: &[u8]) -> Result<(String, String), Malformed> {
+fn read_entry(entry: &[u8]) -> Result<(String, String), InvalidConfig> {
     let (mut name, mut setting) = Default::default();
     for_each_field(entry, |number, value| {
         match (number, value) {
@@ -221,7 +241,7 @@ fn read_entry(entry: &[u8]) -> Result<(String, String), Malformed> {
     Ok((name, setting))
 }
 
-fn read_dns(message: &[u8]) -> Result<Dns, Malformed> {
+fn read_dns(message: &[u8]) -> Result<Dns, InvalidConfig> {
     let mut dns = Dns::default();
     for_each_field(message, |number, value| {
         match (number, value) {
@@ -237,8 +257,8 @@ fn read_dns(message: &[u8]) -> Result<Dns, Malformed> {
 
 fn for_each_field(
     message: &[u8],
-    mut each: impl FnMut(u32, UnknownValueRef<'_>) -> Result<(), Malformed>,
-) -> Result<(), Malformed> {
+    mut each: impl FnMut(u32, UnknownValueRef<'_>) -> Result<(), InvalidConfig>,
+) -> Result<(), InvalidConfig> {
     // A message without fields keeps all that it is given.
     let message = Empty::parse_from_bytes(message)?;
     message.special_fields.unknown_fields().iter().try_for_each(|(number, value)| each(number, value))
@@ -283,15 +303,22 @@ mod tests {
     #[test]
     fn users_are_the_pods_where_it_says_so() {
         let mapping = message(&[], &[(1, 1000), (3, 65536)]);
-        let users = |mode: &[(u32, u64)]| {
-            let users = message(&[(2, &mapping), (3, &mapping)], mode);
+        let users = |mapping: &[u8], mode: &[(u32, u64)]| {
+            let users = message(&[(2, mapping), (3, mapping)], mode);
             let context = message(&[(1, &message(&[(5, &users)], &[(1, 2)]))], &[]);
             let pod = message(&[(8, &message(&[(2, &context)], &[]))], &[]);
-            SandboxConfig::from_options(Some(&options(pod))).unwrap().users
+            SandboxConfig::from_options(Some(&options(pod))).map(|config| config.users)
         };
         let expected = vec![Mapping { container: 0, host: 1000, size: 65536 }];
-        assert_eq!(users(&[]), Some(IdMap { uids: expected.clone(), gids: expected }));
-        assert_eq!(users(&[(1, 2)]), None);
+        let pods = Some(IdMap { uids: expected.clone(), gids: expected });
+        assert_eq!(users(&mapping, &[]).unwrap(), pods);
+        assert_eq!(users(&mapping, &[(1, 2)]).unwrap(), None);
+        for mode in [1, 3, 9] {
+            let error = users(&mapping, &[(1, mode)]).unwrap_err().to_string();
+            assert!(error.contains(&format!("mode {mode}")), "{error}");
+        }
+        let without_root = message(&[], &[(1, 1000), (2, 1), (3, 65536)]);
+        assert!(matches!(users(&without_root, &[]), Err(InvalidConfig::Users)));
     }
 
     #[test]

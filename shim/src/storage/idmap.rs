@@ -56,7 +56,7 @@ impl IdMap {
         [&self.uids, &self.gids].into_iter().all(|maps| (1..=MOST_MAPPINGS).contains(&maps.len()))
     }
 
-    /// What the root of a user namespace with these maps is outside of it, user and group; None where it is nobody.
+    /// What root, user and group, of a user namespace with these maps is outside of it; None where it is nobody.
     pub fn root(&self) -> (Option<u32>, Option<u32>) {
         let root = |maps: &[Mapping]| Some(maps.iter().find(|map| map.container == 0 && map.size > 0)?.host);
         (root(&self.uids), root(&self.gids))
