@@ -7,7 +7,8 @@ use super::seccomp::Filter;
 use super::spec;
 use super::wire::{self, Document, Plan, Report};
 use super::{
-    Descriptors, become_root, duplicate_stdio, finish, give_up, seal_descriptors, set_oom_score, signal_pair,
+    Descriptors, become_root, duplicate_stdio, finish, give_up, own_stdio, seal_descriptors, set_oom_score,
+    signal_pair,
 };
 use crate::cgroup::Cgroup;
 use crate::sys::c_string;
@@ -31,6 +32,7 @@ pub fn make(
     let linux = container.linux().as_ref().ok_or_else(|| Error::invalid("linux", "is missing"))?;
     let filter = linux.seccomp().as_ref().map_or(Ok(None), Filter::compile)?;
     let process = inherit(process, &container);
+    own_stdio(stdio.as_ref(), &process, linux)?;
     if let Some(list) =
         process.exec_cpu_affinity().as_ref().and_then(|affinity| affinity.initial().as_deref())
     {

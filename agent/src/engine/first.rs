@@ -8,8 +8,8 @@ use super::seccomp::Filter;
 use super::spec::{self, Namespaces};
 use super::wire::{self, Plan, Report, Root};
 use super::{
-    Descriptors, become_root, duplicate_stdio, finish, give_up, idmap, seal_descriptors, set_oom_score,
-    set_sysctl, signal_pair, storage,
+    Descriptors, become_root, duplicate_stdio, finish, give_up, idmap, own_stdio, seal_descriptors,
+    set_oom_score, set_sysctl, signal_pair, storage,
 };
 use crate::cgroup::{Cgroup, devices, limits};
 use crate::sys::c_string;
@@ -42,6 +42,7 @@ pub fn make(
 ) -> Result<()> {
     let (linux, process, namespaces) = spec::check(spec)?;
     let stdio = fds.stdio(plan)?;
+    own_stdio(stdio.as_ref(), process, linux)?;
     let filter = linux.seccomp().as_ref().map_or(Ok(None), Filter::compile)?;
     let root = storage::mount(root, directory, &plan.shared)?;
     let cgroup = Cgroup::create(&plan.cgroup).doing(|| "make the container's cgroup")?;

@@ -25,6 +25,14 @@ pub fn write(pid: u32, uids: &[LinuxIdMapping], gids: &[LinuxIdMapping]) -> Resu
     Ok(())
 }
 
+/// What an id inside of a user namespace with these maps is outside of it.
+pub fn outside(maps: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id()).filter(|offset| *offset < map.size())?;
+        map.host_id().checked_add(offset)
+    })
+}
+
 fn lines(maps: &[LinuxIdMapping]) -> String {
     use std::fmt::Write;
     maps.iter().fold(String::new(), |mut text, map| {
@@ -62,11 +70,22 @@ mod tests {
     use super::*;
     use oci_spec::runtime::LinuxIdMappingBuilder;
 
+    fn map(container: u32, host: u32, size: u32) -> LinuxIdMapping {
+        LinuxIdMappingBuilder::default().container_id(container).host_id(host).size(size).build().unwrap()
+    }
+
+    #[test]
+    fn an_id_is_found_outside() {
+        let maps = [map(0, 1000, 1), map(5, 100_000, 10), map(50, u32::MAX, 2)];
+        for (inside, expected) in
+            [(0, Some(1000)), (1, None), (5, Some(100_000)), (14, Some(100_009)), (15, None), (51, None)]
+        {
+            assert_eq!(outside(&maps, inside), expected, "{inside}");
+        }
+    }
+
     #[test]
     fn a_map_is_written_as_the_kernel_reads_it() {
-        let map = |container: u32, host: u32, size: u32| {
-            LinuxIdMappingBuilder::default().container_id(container).host_id(host).size(size).build().unwrap()
-        };
         assert_eq!(lines(&[map(0, 1000, 1), map(1, 100_000, 65_535)]), "0 1000 1\n1 100000 65535\n");
     }
 }

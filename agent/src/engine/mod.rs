@@ -33,6 +33,7 @@ use crate::sys::process::prctl;
 use error::{Context, Error, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Gid, Uid, setresgid, setresuid};
+use oci_spec::runtime::{Linux, Process};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
@@ -111,6 +112,13 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
 /// Sets the engine's OOM score, which the new process inherits. From within a user namespace it could not be lowered.
 fn set_oom_score(score: i32) -> Result<()> {
     std::fs::write("/proc/self/oom_score_adj", score.to_string()).doing(|| "set process.oomScoreAdj")
+}
+
+/// Gives a new process its stdio where it is in a user namespace: from inside of that nobody may.
+fn own_stdio(stdio: Option<&[OwnedFd; 3]>, owner: &Process, linux: &Linux) -> Result<()> {
+    let maps = linux.uid_mappings().as_deref().unwrap_or_default();
+    let Some(uid) = idmap::outside(maps, owner.user().uid()) else { return Ok(()) };
+    stdio.into_iter().flatten().try_for_each(|stream| process::give_stream(stream.as_fd(), uid))
 }
 
 /// Joins each of the namespaces, that of users last: what could be done before it cannot be done after.

@@ -7,6 +7,7 @@ pub mod terminal;
 mod user;
 
 pub use limits::set_affinity;
+pub use user::give_stream;
 
 use super::error::{Context, Error, Result};
 use super::seccomp::Filter;

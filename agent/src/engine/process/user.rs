@@ -6,7 +6,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use oci_spec::runtime::User;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// A passwd file is the image's; no more of it is read.
 const LONGEST_PASSWD: u64 = 1 << 20;
@@ -30,21 +30,25 @@ pub fn become_user(user: &User) -> Result<()> {
 
 /// Gives stdin, stdout and stderr to the user, so that it can open `/dev/stdout` anew.
 pub fn own_stdio(user: &User) -> Result<()> {
-    let uid = Uid::from_raw(user.uid());
     for stream in [std::io::stdin().as_fd(), std::io::stdout().as_fd(), std::io::stderr().as_fd()] {
-        let stat = nix::sys::stat::fstat(stream).doing(|| "look at stdio")?;
-        let device = crate::engine::rootfs::tree::kind(&stat) == nix::sys::stat::SFlag::S_IFCHR
-            && nix::sys::stat::major(stat.st_rdev) == 1;
-        if device || stat.st_uid == user.uid() {
-            continue;
-        }
-        match nix::unistd::fchown(stream, Some(uid), None) {
-            // An owner that the user namespace does not map.
-            Err(nix::Error::EINVAL | nix::Error::EPERM) => {}
-            other => other.doing(|| "give stdio to the user")?,
-        }
+        give_stream(stream, user.uid())?;
     }
     Ok(())
+}
+
+/// Gives a stream of stdio to a user.
+pub fn give_stream(stream: BorrowedFd<'_>, uid: u32) -> Result<()> {
+    let stat = nix::sys::stat::fstat(stream).doing(|| "look at stdio")?;
+    let device = crate::engine::rootfs::tree::kind(&stat) == nix::sys::stat::SFlag::S_IFCHR
+        && nix::sys::stat::major(stat.st_rdev) == 1;
+    if device || stat.st_uid == uid {
+        return Ok(());
+    }
+    match nix::unistd::fchown(stream, Some(Uid::from_raw(uid)), None) {
+        // An owner that the user namespace does not map.
+        Err(nix::Error::EINVAL | nix::Error::EPERM) => Ok(()),
+        other => other.doing(|| "give stdio to the user"),
+    }
 }
 
 /// The home directory that the container's passwd file names for the user, "/" where it does not.
