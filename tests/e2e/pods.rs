@@ -291,7 +291,8 @@ fn a_pod_of_a_pause_container_has_users_of_its_own() {
     }
     let host = host();
     let refusal = Pod::attempt(&host, "vmshim", named(with_users(), &host.id())).err().unwrap();
-    assert!(refusal.to_string().contains("containerd 2.0"), "{refusal:#}");
+    let refusal = format!("{refusal:#}");
+    assert!(refusal.contains("containerd 2.0"), "{refusal}");
     host.assert_nothing_left();
 }
 
