@@ -90,7 +90,8 @@ impl Drop for Below {
     }
 }
 
-fn ip(arguments: &[&str]) -> bool {
+/// Runs `ip`; whether it has done what it should.
+pub fn ip(arguments: &[&str]) -> bool {
     Command::new("ip").args(arguments).status().unwrap().success()
 }
 
@@ -179,7 +180,8 @@ fn a_network_namespace_that_goes_while_its_pod_runs() {
     host.assert_nothing_left();
 }
 
-fn netns_names() -> Vec<String> {
+/// The named network namespaces of the host.
+pub fn netns_names() -> Vec<String> {
     let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
     names.map(|entry| entry.file_name().into_string().unwrap()).collect()
 }

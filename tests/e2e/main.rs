@@ -11,6 +11,7 @@
 mod bad_input;
 mod bad_pods;
 mod exec;
+mod faults;
 mod fixture;
 mod hooks;
 mod host_network;
