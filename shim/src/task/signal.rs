@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
 use super::pod::Pod;
-use super::process::Phase;
+use super::process::{Phase, Process};
 use crate::agent_client::AgentError;
 
 /// How long the caller waits for the guest to confirm. A signal has no answer, so a guest that is slow to confirm is
@@ -18,6 +19,10 @@ const CONFIRMATION: Duration = Duration::from_millis(500);
 
 /// How long a guest may take to obey SIGKILL before its VM is stopped.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// How long a guest may take to confirm SIGKILL of an exec before its VM is stopped. Longer, since the container itself may
+/// be well.
+const EXEC_GRACE: Duration = Duration::from_secs(20);
 
 /// The largest signal number.
 const MAX_SIGNAL: u32 = 64;
@@ -54,12 +59,16 @@ pub async fn kill(pod: &Arc<Pod>, id: &str, exec_id: &str, signal: u32, all: boo
         all,
         ..Default::default()
     };
-    let deadline = Instant::now() + GRACE;
+    let deadline = Instant::now() + if exec_id.is_empty() { GRACE } else { EXEC_GRACE };
     let mut sent = tokio::spawn(async move { vm.agent().signal_process(&request, deadline).await });
     let confirmed = timeout(CONFIRMATION, &mut sent).await;
-    if signal == SIGKILL && exec_id.is_empty() && !matches!(confirmed, Ok(Ok(Ok(_)))) {
-        let (pod, container) = (pod.clone(), container.clone());
-        tokio::spawn(async move { enforce(&pod, &container, deadline).await });
+    if signal == SIGKILL && !matches!(confirmed, Ok(Ok(Ok(_)))) {
+        let (pod, late) = (pod.clone(), confirmed.is_err().then_some(sent));
+        tokio::spawn(async move {
+            if process.exec_id.is_empty() || is_unconfirmed(late).await {
+                enforce(&pod, &container, &process, deadline).await;
+            }
+        });
     }
     match confirmed {
         // Gone means that the VM's end, and with it the exit, is about to be told.
@@ -68,13 +77,22 @@ pub async fn kill(pod: &Arc<Pod>, id: &str, exec_id: &str, signal: u32, all: boo
     }
 }
 
+/// Whether the guest has not answered at all. One that has may be waiting for an exec that takes its time to die, which is
+/// no reason to end the container.
+async fn is_unconfirmed(late: Option<JoinHandle<Result<api::Empty, AgentError>>>) -> bool {
+    match late {
+        Some(late) => matches!(late.await, Ok(Err(AgentError::TimedOut))),
+        None => false,
+    }
+}
+
 /// Stops the VM of a guest that does not obey SIGKILL.
-async fn enforce(pod: &Pod, container: &Arc<Container>, deadline: Instant) {
-    if tokio::time::timeout_at(deadline, container.init.exited()).await.is_ok() {
+async fn enforce(pod: &Pod, container: &Arc<Container>, process: &Process, deadline: Instant) {
+    if tokio::time::timeout_at(deadline, process.exited()).await.is_ok() {
         return;
     }
     if let Some(vm) = pod.living_vm().cloned() {
-        log::error!("the guest does not end container {} on SIGKILL, so its VM is stopped", container.id);
+        log::error!("the guest ends nothing in container {} on SIGKILL, so its VM is stopped", container.id);
         vm.stop().await;
     }
 }
