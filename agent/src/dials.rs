@@ -8,7 +8,12 @@ use crate::link::{Dialer, Stream};
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// Longer than the host gives a server to accept a connection.
+const LIMIT: Duration = Duration::from_secs(90);
 
 /// The connections that wait for the host.
 #[derive(Default)]
@@ -22,7 +27,7 @@ struct Waiting {
 
 impl Dials {
     /// Has the host make its end of a connection, of which it is told by `tell` with the number that the connection
-    /// gets. None where it cannot.
+    /// gets. None where it cannot, or does not answer.
     pub async fn request(&self, tell: impl FnOnce(u64)) -> Option<Stream> {
         let (sender, stream) = oneshot::channel();
         let number = {
@@ -33,7 +38,9 @@ impl Dials {
             number
         };
         tell(number);
-        stream.await.ok()
+        let answer = timeout(LIMIT, stream).await;
+        self.lock().streams.remove(&number);
+        answer.ok()?.ok()
     }
 
     /// Completes a connection by the host's port, or refuses it where that is 0. One that nobody waits for any more is
@@ -88,5 +95,12 @@ mod tests {
             assert!(asked.await.unwrap());
         }
         assert!(dials.answer(77, 9, &Nowhere).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_does_not_answer_is_not_waited_for_for_ever() {
+        let dials = Dials::default();
+        assert!(dials.request(|_| {}).await.is_none());
+        assert_eq!(dials.waiting(), 0);
     }
 }

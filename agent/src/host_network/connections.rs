@@ -16,9 +16,12 @@ use tokio::sync::Semaphore;
 /// At a time; further ones wait.
 const MOST: usize = 512;
 
+/// Of these, as many wait for the host at a time; it refuses to follow more than twice as many.
+const MOST_ASKED: usize = 128;
+
 /// Takes in connections for as long as the guest lives.
 pub async fn serve(listener: TcpListener, events: Arc<Events>, dials: Arc<Dials>) -> io::Result<()> {
-    let free = Arc::new(Semaphore::new(MOST));
+    let (free, asked) = (Arc::new(Semaphore::new(MOST)), Arc::new(Semaphore::new(MOST_ASKED)));
     while let Ok(permit) = free.clone().acquire_owned().await {
         let connection = match listener.accept().await {
             Ok((connection, _)) => connection,
@@ -26,19 +29,27 @@ pub async fn serve(listener: TcpListener, events: Arc<Events>, dials: Arc<Dials>
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return Err(error),
         };
-        let (events, dials) = (events.clone(), dials.clone());
+        let (events, dials, asked) = (events.clone(), dials.clone(), asked.clone());
         tokio::spawn(async move {
             // Whatever ends it, both sides see their connection closed.
-            let _ = carry(connection, &events, &dials).await;
+            let _ = carry(connection, &events, &dials, &asked).await;
             drop(permit);
         });
     }
     Ok(())
 }
 
-async fn carry(mut connection: TcpStream, events: &Events, dials: &Dials) -> io::Result<()> {
+async fn carry(
+    mut connection: TcpStream,
+    events: &Events,
+    dials: &Dials,
+    asked: &Semaphore,
+) -> io::Result<()> {
     let to = canonical(connection.local_addr()?);
-    match dials.request(|number| events.host_dialled(number, to, false)).await {
+    let turn = asked.acquire().await.map_err(io::Error::other)?;
+    let host = dials.request(|number| events.host_dialled(number, to, false)).await;
+    drop(turn);
+    match host {
         Some(mut host) => copy_bidirectional(&mut connection, &mut host).await.map(drop),
         None => reset(&connection),
     }

@@ -15,11 +15,16 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 /// Places at a time.
 const MOST: usize = 1024;
+
+/// How long the host may take to listen.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Where a server listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -144,7 +149,9 @@ impl Listening {
             id
         };
         self.events.host_listen(id, place);
-        answer.await.unwrap_or(libc::EIO)
+        let answer = timeout(LIMIT, answer).await;
+        self.lock().asked.remove(&id);
+        answer.map_or(libc::ETIMEDOUT, |answer| answer.unwrap_or(libc::EIO))
     }
 
     fn closed(&self, number: u64) {
@@ -268,6 +275,13 @@ mod tests {
         listening.answered(1, libc::EADDRINUSE);
         assert_eq!(refused.await.unwrap(), libc::EADDRINUSE);
         assert!(!listening.has(80));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_does_not_answer_is_not_waited_for_for_ever() {
+        let listening = Listening::new(Arc::default());
+        assert_eq!(listening.listen(&played(1, "0.0.0.0:80")).await, libc::ETIMEDOUT);
+        assert!(listening.lock().asked.is_empty());
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@ use vmshim_protocol::bpf::{self, Function, Hook, Label, MapKind, Program, Regist
 use Register::{R0, R1, R2, R3, R4, R6, R7, R8};
 
 /// Sockets that are known at a time. One too many is taken for none.
-const MOST_SOCKETS: u32 = 65_536;
+const MOST_SOCKETS: u32 = 16_384;
 /// Ports that have ever been used. The table only grows.
 const MOST_PORTS: u32 = 131_072;
 /// The size of the ring of closed sockets' numbers, in bytes.

@@ -12,8 +12,9 @@ use vmshim_protocol::datagrams::{LONGEST, read, write};
 use super::{Refused, answer, expect};
 use crate::vm::{Port, Vm};
 
-/// For one guest at a time, as many as the agent has. Which of them are still in use the guest knows.
-pub const MOST_PAIRS: usize = 256;
+/// For one guest at a time: twice as many as the agent has, since the end of one comes here a little later. Which of them
+/// are still in use the guest knows.
+pub const MOST_PAIRS: usize = 512;
 
 /// Carries the datagrams of a pair until the guest ends it.
 pub async fn follow(vm: Arc<Vm>, connection: u64, to: SocketAddr, permit: OwnedSemaphorePermit) {

@@ -24,7 +24,8 @@ use crate::agent_client::AgentError;
 use crate::vm::{ControlError, Port, Vm};
 use listeners::Listeners;
 
-/// Connections that are being made for one guest; further ones are refused.
+/// Connections that are being made for one guest. An agent that is well never asks for more, and further ones get no
+/// answer: even a refusal would be work that a hostile guest can ask for without limit.
 const MOST_PENDING: usize = 256;
 
 /// How long a server may take to accept a connection.
@@ -81,16 +82,16 @@ impl HostNetwork {
     /// Follows a connection that somebody in a container has made, or a first datagram.
     pub fn dialled(&self, vm: &Arc<Vm>, dialled: &api::HostDialled) {
         let (vm, connection) = (vm.clone(), dialled.connection);
-        let Some(to) = self.endpoint(&dialled.to) else { return refuse(vm, connection) };
+        let Some(to) = self.endpoint(&dialled.to) else { return };
+        let limit = if dialled.datagrams { &self.pairs } else { &self.pending };
+        let Ok(permit) = limit.clone().try_acquire_owned() else {
+            log::warn!("the guest makes more connections at once than are followed");
+            return;
+        };
         if dialled.datagrams {
-            let Ok(permit) = self.pairs.clone().try_acquire_owned() else { return refuse(vm, connection) };
             drop(tokio::spawn(datagrams::follow(vm, connection, to, permit)));
             return;
         }
-        let Ok(permit) = self.pending.clone().try_acquire_owned() else {
-            log::warn!("the guest makes more connections at once than are followed; one is refused");
-            return refuse(vm, connection);
-        };
         tokio::spawn(async move {
             let port = match connect(&vm, to).await {
                 Ok(port) => Some(port),
@@ -106,19 +107,21 @@ impl HostNetwork {
 
     /// Listens where somebody in a container is about to.
     pub fn listen(&self, vm: &Arc<Vm>, listen: &api::HostListen) {
-        let errno = match self.endpoint(&listen.at) {
-            Some(at) => self.listeners.open(vm, at, listen.ipv6_only).err(),
-            None => Some(io::Error::from_raw_os_error(libc::EACCES)),
+        let Some(at) = self.endpoint(&listen.at) else { return };
+        let Ok(permit) = self.pending.clone().try_acquire_owned() else { return };
+        let errno = match self.listeners.open(vm, at, listen.ipv6_only) {
+            Ok(()) => 0,
+            Err(error) => {
+                log::info!("a container cannot listen on {at} of the host: {error}");
+                error.raw_os_error().unwrap_or(libc::EIO)
+            }
         };
-        if let Some(error) = &errno {
-            log::info!("a container cannot listen on the host: {error}");
-        }
-        let errno = errno.map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
         let request =
             api::HostListeningRequest { id: listen.id, errno: errno.unsigned_abs(), ..Default::default() };
         let vm = vm.clone();
         tokio::spawn(async move {
             let _ = vm.agent().host_listening(&request, Instant::now() + LIMIT).await;
+            drop(permit);
         });
     }
 
@@ -173,10 +176,6 @@ async fn answer(vm: &Vm, connection: u64, port: Option<Port>) {
         log::warn!("the guest does not take a connection: {error}");
         vm.forget(port, deadline).await;
     }
-}
-
-fn refuse(vm: Arc<Vm>, connection: u64) {
-    tokio::spawn(async move { answer(&vm, connection, None).await });
 }
 
 #[cfg(test)]
