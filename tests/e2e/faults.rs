@@ -21,7 +21,7 @@ use crate::kill::processes;
 use crate::pods::{FOREVER, Pod, exec, named};
 
 /// How many pods an ordinary run of the tests has.
-const PODS: u64 = 8;
+const PODS: u64 = 4;
 
 /// How long it may take until a pod is removed: as long as a guest that does not answer is waited for, and again.
 const REMOVED_WITHIN: Duration = Duration::from_secs(150);

@@ -107,14 +107,17 @@ fn an_exec_that_is_killed_in_a_frozen_guest_ends() {
     let host = host();
     {
         let container = host.background(&[]);
-        std::thread::scope(|scope| {
-            let exec = scope.spawn(|| container.exec("e1", &["sleep", "10000"]));
-            wait_for("the exec", Duration::from_secs(60), || host.events().contains("/tasks/exec-started"));
-            processes("vmshim-vmm").iter().for_each(|vmm| kill(*vmm, Signal::SIGSTOP).unwrap());
-            host.ctr_ok(["task", "kill", "--exec-id", "e1", "--signal", "SIGKILL", &container.id]).unwrap();
-            wait_for("the exec's end", Duration::from_secs(40), || exec.is_finished());
-            assert_eq!(exec.join().unwrap().status.code(), Some(137));
+        let arguments = ["task", "exec", "--exec-id", "e1", &container.id, "sleep", "10000"];
+        let mut exec = host.ctr(arguments).stdin(std::process::Stdio::null()).spawn().unwrap();
+        wait_for("the exec", Duration::from_secs(60), || host.events().contains("/tasks/exec-started"));
+        processes("vmshim-vmm").iter().for_each(|vmm| kill(*vmm, Signal::SIGSTOP).unwrap());
+        host.ctr_ok(["task", "kill", "--exec-id", "e1", "--signal", "SIGKILL", &container.id]).unwrap();
+        let mut status = None;
+        wait_for("the exec's end", Duration::from_secs(60), || {
+            status = exec.try_wait().unwrap();
+            status.is_some()
         });
+        assert_eq!(status.unwrap().code(), Some(137));
     }
     host.assert_nothing_left();
 }

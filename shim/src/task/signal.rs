@@ -77,11 +77,11 @@ pub async fn kill(pod: &Arc<Pod>, id: &str, exec_id: &str, signal: u32, all: boo
     }
 }
 
-/// Whether the guest has not answered at all. One that has may be waiting for an exec that takes its time to die, which is
-/// no reason to end the container.
+/// Whether the guest has not confirmed in time. One that has may be waiting for an exec that takes its time to die, which
+/// is no reason to end the container.
 async fn is_unconfirmed(late: Option<JoinHandle<Result<api::Empty, AgentError>>>) -> bool {
     match late {
-        Some(late) => matches!(late.await, Ok(Err(AgentError::TimedOut))),
+        Some(late) => !matches!(late.await, Ok(Ok(_))),
         None => false,
     }
 }
