@@ -69,17 +69,8 @@ impl Dials {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::Nowhere;
     use std::sync::Arc;
-
-    /// A host that is never reached.
-    struct Nowhere;
-
-    #[async_trait::async_trait]
-    impl Dialer for Nowhere {
-        async fn dial(&self, _: u32) -> io::Result<Stream> {
-            Err(io::ErrorKind::ConnectionRefused.into())
-        }
-    }
 
     #[tokio::test]
     async fn what_the_host_refuses_or_cannot_be_reached_for_is_none() {

@@ -357,6 +357,29 @@ impl Program {
         self.add(to, offset);
     }
 
+    /// `R0` becomes the address of the value that a map has for the key at an offset of the stack, or 0.
+    pub fn find(&mut self, map: &OwnedFd, key: i16) {
+        self.map(Register::R1, map);
+        self.stack(Register::R2, key.into());
+        self.call(Function::Find);
+    }
+
+    /// Makes the socket that a map has for the key at an offset of the stack the one that the kernel searches for, in a
+    /// program of [`Hook::SocketLookup`] whose context is in `R6`. Where there is no such socket, jumps to `none`. `R7` is
+    /// used up.
+    pub fn assign_socket(&mut self, sockets: &OwnedFd, key: i16, none: Label) {
+        use Register::{R0, R1, R2, R3, R6, R7};
+        self.find(sockets, key);
+        self.jump_if(R0, 0, none);
+        self.copy(R7, R0);
+        self.copy(R1, R6);
+        self.copy(R2, R7);
+        self.set(R3, 0);
+        self.call(Function::AssignSocket);
+        self.copy(R1, R7);
+        self.call(Function::ReleaseSocket);
+    }
+
     /// Calls a function.
     pub fn call(&mut self, function: Function) {
         self.push(code(0x85, Register::R0, Register::R0, 0, function as i32));

@@ -1,5 +1,6 @@
 //! What the shim, the VMM and the agent say to each other.
 //!
+//! * [`address`] (feature `agent`): how messages carry Internet addresses.
 //! * [`agent`] (feature `agent`): the ttrpc service of the guest's first process, generated from `proto/agent.proto`.
 //! * [`bpf`] (feature `bpf`): eBPF programs that host and guest attach to their own sockets and cgroups.
 //! * [`containerd`] (feature `containerd`): services of containerd's, generated from `proto/containerd/`.
@@ -12,6 +13,8 @@
 //! * [`shared`]: the virtio-fs device's tag and the layout of the directory it shares.
 //! * [`vsock`]: the port numbers that host and guest agree on.
 
+#[cfg(feature = "agent")]
+pub mod address;
 #[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "bpf")]

@@ -4,10 +4,15 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::thread;
+use std::time::Duration;
 
 use crate::fixture::{host, succeeded};
+use crate::kill::wait_for;
 
 const SHARED: &[&str] = &["--net-host"];
+
+/// How long a server may take to begin, or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Answers the first connection with a line, once it has read one.
 fn serve_once(listener: TcpListener) -> thread::JoinHandle<String> {
@@ -113,20 +118,20 @@ fn free_port() -> u16 {
 
 /// A connection to a server that is about to begin.
 fn connected(port: u16) -> TcpStream {
-    loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(connection) => return connection,
-            Err(_) => thread::yield_now(),
-        }
-    }
+    let mut connection = None;
+    wait_for("the server", PATIENCE, || {
+        connection = TcpStream::connect(("127.0.0.1", port)).ok();
+        connection.is_some()
+    });
+    connection.unwrap()
 }
 
 /// The port, as soon as nobody has it.
 fn bound_again(port: u16) -> TcpListener {
-    loop {
-        match TcpListener::bind(("127.0.0.1", port)) {
-            Ok(listener) => return listener,
-            Err(_) => thread::yield_now(),
-        }
-    }
+    let mut listener = None;
+    wait_for("the port", PATIENCE, || {
+        listener = TcpListener::bind(("127.0.0.1", port)).ok();
+        listener.is_some()
+    });
+    listener.unwrap()
 }

@@ -1,13 +1,12 @@
 //! Seccomp filters: the spec's profile compiled by libseccomp, which knows the system calls of each architecture.
 
 use super::error::{Context, Error, Result};
-use crate::sys::check;
+use crate::sys::seccomp::{AUDIT_ARCH_X86_64, step};
 use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
 
-const SET_MODE_FILTER: libc::c_uint = 1;
 /// What a filter answers for a call that the profile could not know, so that programs fall back to older calls.
 const RETURN_ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
 
@@ -57,12 +56,13 @@ impl Filter {
 
     /// Puts the filter into force for this process.
     pub fn load(&self) -> Result<()> {
-        let length = libc::c_ushort::try_from(self.program.len())
-            .map_err(|_| Error::invalid("linux.seccomp", "compiles to more than the kernel takes"))?;
-        let program = libc::sock_fprog { len: length, filter: self.program.as_ptr().cast_mut() };
-        // SAFETY: the program outlives the call, which copies it.
-        check(unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, self.flags, &raw const program) })
-            .doing(|| "load linux.seccomp")
+        crate::sys::seccomp::load(&self.program, self.flags)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::E2BIG) => {
+                    Error::invalid("linux.seccomp", "compiles to more than the kernel takes")
+                }
+                _ => Error::System { action: "load linux.seccomp".into(), source: error },
+            })
             .map(drop)
     }
 }
@@ -93,13 +93,7 @@ fn instruction(bytes: &[u8]) -> Option<libc::sock_filter> {
 /// Calls newer than any the profile names answer ENOSYS instead of its default error: a C library that tries a new
 /// call first falls back on ENOSYS only, and would break on EPERM.
 fn unknown_calls(profile: &LinuxSeccomp, newest: i32) -> Vec<libc::sock_filter> {
-    const LOAD: u16 = 0x20;
-    const JUMP_EQUAL: u16 = 0x15;
-    const JUMP_GREATER: u16 = 0x25;
-    const RETURN: u16 = 0x06;
-    const NUMBER: u32 = 0;
-    const ARCHITECTURE: u32 = 4;
-    const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+    use step::{ARCHITECTURE, JUMP_EQUAL, JUMP_GREATER, LOAD, NUMBER, RETURN};
     /// x32 calls carry this bit and have rules of their own.
     const X32_BIT: u32 = 0x4000_0000;
     let permissive =
@@ -107,14 +101,13 @@ fn unknown_calls(profile: &LinuxSeccomp, newest: i32) -> Vec<libc::sock_filter> 
     let Some(newest) = u32::try_from(newest).ok().filter(|newest| *newest > 0 && !permissive) else {
         return Vec::new();
     };
-    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     vec![
-        step(LOAD, 0, 0, ARCHITECTURE),
-        step(JUMP_EQUAL, 0, 4, AUDIT_ARCH_X86_64),
-        step(LOAD, 0, 0, NUMBER),
-        step(JUMP_GREATER, 2, 0, X32_BIT - 1),
-        step(JUMP_GREATER, 0, 1, newest),
-        step(RETURN, 0, 0, RETURN_ENOSYS),
+        step::of(LOAD, 0, 0, ARCHITECTURE),
+        step::of(JUMP_EQUAL, 0, 4, AUDIT_ARCH_X86_64),
+        step::of(LOAD, 0, 0, NUMBER),
+        step::of(JUMP_GREATER, 2, 0, X32_BIT - 1),
+        step::of(JUMP_GREATER, 0, 1, newest),
+        step::of(RETURN, 0, 0, RETURN_ENOSYS),
     ]
 }
 
@@ -241,7 +234,7 @@ mod tests {
         std::thread::spawn(move || {
             filter.load().unwrap();
             // SAFETY: plain integers.
-            let result = check(unsafe { libc::syscall(libc::SYS_getpriority, 0, 0) });
+            let result = crate::sys::check(unsafe { libc::syscall(libc::SYS_getpriority, 0, 0) });
             assert_eq!(result.unwrap_err().raw_os_error(), Some(13));
         })
         .join()

@@ -5,7 +5,6 @@
 //! over from an older one.
 
 use crate::host_network::Place;
-use crate::network::endpoint;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -63,21 +62,21 @@ impl Events {
 
     /// Somebody in a container has connected, or sent a datagram, to what may be on the host.
     pub fn host_dialled(&self, connection: u64, to: SocketAddr, datagrams: bool) {
-        let to = Some(endpoint::write(to)).into();
+        let to = Some(to.into()).into();
         let dialled = HostDialled { connection, to, datagrams, ..Default::default() };
         self.push(event::Event::HostDialled(dialled));
     }
 
     /// Somebody in a container is about to listen.
     pub fn host_listen(&self, id: u64, place: Place) {
-        let at = Some(endpoint::write(place.at)).into();
+        let at = Some(place.at.into()).into();
         let listen = HostListen { id, at, ipv6_only: place.ipv6_only, ..Default::default() };
         self.push(event::Event::HostListen(listen));
     }
 
     /// Nobody listens there any more.
     pub fn host_unlisten(&self, place: Place) {
-        let at = Some(endpoint::write(place.at)).into();
+        let at = Some(place.at.into()).into();
         let unlisten = HostUnlisten { at, ipv6_only: place.ipv6_only, ..Default::default() };
         self.push(event::Event::HostUnlisten(unlisten));
     }

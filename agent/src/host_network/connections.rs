@@ -3,9 +3,9 @@
 //! The guest's kernel completes them with the agent before the host has been asked, so what the host refuses is reset
 //! rather than refused.
 
+use super::canonical;
 use crate::dials::Dials;
 use crate::events::Events;
-use crate::network::endpoint::canonical;
 use nix::sys::socket::{setsockopt, sockopt};
 use std::io;
 use std::sync::Arc;
@@ -64,17 +64,8 @@ fn reset(connection: &TcpStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::{Dialer, Stream};
+    use crate::link::Nowhere;
     use tokio::io::AsyncReadExt;
-
-    struct Nowhere;
-
-    #[async_trait::async_trait]
-    impl Dialer for Nowhere {
-        async fn dial(&self, _: u32) -> io::Result<Stream> {
-            Err(io::ErrorKind::ConnectionRefused.into())
-        }
-    }
 
     #[tokio::test]
     async fn what_the_host_refuses_is_reset() {

@@ -3,11 +3,11 @@
 //! Each pair of a client and a server has one stream to the host, with a socket of the host's at its other end, until
 //! nothing has come either way for a while. Answers go to the client in the server's name.
 
+use super::canonical;
 use super::packet::Sender;
 use crate::dials::Dials;
 use crate::events::Events;
 use crate::link::Stream;
-use crate::network::endpoint::canonical;
 use crate::sys::register;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn6, SockaddrLike, bind,

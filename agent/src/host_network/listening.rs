@@ -4,8 +4,8 @@
 //! the host has no more is an error of the call. The host stops when the last socket that listened there is closed,
 //! which the kernel tells by the socket's number.
 
+use super::canonical;
 use crate::events::Events;
-use crate::network::endpoint::canonical;
 use crate::sys::register;
 use crate::sys::ring::Ring;
 use crate::sys::seccomp::{self, Asked, Question};

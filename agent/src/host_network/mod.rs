@@ -27,7 +27,7 @@ pub use listening::Place;
 use programs::Programs;
 use std::fs::File;
 use std::io;
-use std::net::Ipv6Addr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -107,6 +107,11 @@ impl HostNetwork {
         say_end("servers that end", async move { listening.follow_closed(closed).await });
         Ok(programs)
     }
+}
+
+/// The address with IPv4 where an IPv6 socket knows it as a mapped one.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Runs what ends only by an error.

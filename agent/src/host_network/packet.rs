@@ -152,7 +152,7 @@ mod tests {
             let mut buffer = [0; 16];
             let (length, seen) = receiver.recv_from(&mut buffer).unwrap();
             assert_eq!(&buffer[..length], b"hello");
-            assert_eq!(crate::network::endpoint::canonical(seen), from);
+            assert_eq!(crate::host_network::canonical(seen), from);
         }
     }
 

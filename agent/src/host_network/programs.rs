@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use vmshim_protocol::bpf::{self, Function, Hook, Label, MapKind, Program, Register};
+use vmshim_protocol::bpf::{self, Function, Hook, MapKind, Program, Register};
 
 use Register::{R0, R1, R2, R3, R4, R6, R7, R8};
 
@@ -154,13 +154,13 @@ fn remember(mut program: Program, maps: &Maps) -> Vec<u64> {
     program.keep_double(COOKIE, R0);
     update(&mut program, &maps.sockets, COOKIE, KEY);
     program.jump_unless(R0, 0, done);
-    find(&mut program, &maps.ports, KEY);
+    program.find(&maps.ports, KEY);
     program.jump_unless(R0, 0, counted);
     program.keep_number(COUNT, 1);
     update(&mut program, &maps.ports, KEY, COUNT);
     program.jump_if(R0, 0, done);
     // Another CPU was first.
-    find(&mut program, &maps.ports, KEY);
+    program.find(&maps.ports, KEY);
     program.jump_if(R0, 0, done);
     program.place(counted);
     program.set(R1, 1);
@@ -176,14 +176,14 @@ fn released(maps: &Maps) -> Vec<u64> {
     let (told, done) = (program.label(), program.label());
     program.call(Function::SocketCookie);
     program.keep_double(COOKIE, R0);
-    find(&mut program, &maps.sockets, COOKIE);
+    program.find(&maps.sockets, COOKIE);
     program.jump_if(R0, 0, done);
     program.load(R7, R0, 0);
     program.keep(KEY, R7);
     program.map(R1, &maps.sockets);
     program.stack(R2, COOKIE.into());
     program.call(Function::Delete);
-    find(&mut program, &maps.ports, KEY);
+    program.find(&maps.ports, KEY);
     program.jump_if(R0, 0, told);
     program.set(R1, -1);
     program.add_atomically(R0, R1);
@@ -230,35 +230,16 @@ fn searched(maps: &Maps) -> Vec<u64> {
     program.load(R2, R6, lookup::LOCAL_PORT);
     program.or(R7, R2);
     program.keep(KEY, R7);
-    find(&mut program, &maps.ports, KEY);
+    program.find(&maps.ports, KEY);
     program.jump_if(R0, 0, ours);
     program.load(R1, R0, 0);
     program.jump_unless(R1, 0, on);
     program.place(ours);
-    assign(&mut program, &maps.own, on);
+    program.keep(KEY, R8);
+    program.assign_socket(&maps.own, KEY, on);
     program.place(on);
     program.end(ON);
     program.instructions()
-}
-
-/// Makes the socket of number `R8` the one that is searched for by the context `R6`.
-fn assign(program: &mut Program, sockets: &OwnedFd, on: Label) {
-    program.keep(KEY, R8);
-    find(program, sockets, KEY);
-    program.jump_if(R0, 0, on);
-    program.copy(R7, R0);
-    program.copy(R1, R6);
-    program.copy(R2, R7);
-    program.set(R3, 0);
-    program.call(Function::AssignSocket);
-    program.copy(R1, R7);
-    program.call(Function::ReleaseSocket);
-}
-
-fn find(program: &mut Program, map: &OwnedFd, key: i16) {
-    program.map(R1, map);
-    program.stack(R2, key.into());
-    program.call(Function::Find);
 }
 
 /// Adds what is not there yet.

@@ -11,6 +11,18 @@ pub use stream::Stream;
 
 use std::io;
 
+/// A host that is never reached.
+#[cfg(test)]
+pub struct Nowhere;
+
+#[cfg(test)]
+#[async_trait::async_trait]
+impl Dialer for Nowhere {
+    async fn dial(&self, _: u32) -> io::Result<Stream> {
+        Err(io::ErrorKind::ConnectionRefused.into())
+    }
+}
+
 /// Opens streams to the host.
 #[async_trait::async_trait]
 pub trait Dialer: Send + Sync {

@@ -4,7 +4,6 @@
 //! being possible at all, so that an error names the field. Interfaces are known by their slot, see
 //! [`vmshim_protocol::nic`]. All of it waits for the kernel, so it runs on a thread that may.
 
-pub mod endpoint;
 mod home;
 pub mod loopback;
 mod messages;

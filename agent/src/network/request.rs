@@ -1,7 +1,8 @@
 //! What the shim asks for, as types that can be asked of the kernel.
 
 use crate::failure::{Failure, Kind};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
+use vmshim_protocol::address;
 use vmshim_protocol::agent::{
     ConfigureNetworkRequest, InterfaceAddress, Neighbour as NeighbourMessage, NetworkInterface,
     Route as RouteMessage,
@@ -146,13 +147,11 @@ fn ip(field: &str, bytes: &[u8]) -> Result<IpAddr, Failure> {
 }
 
 fn optional(field: &str, bytes: &[u8]) -> Result<Option<IpAddr>, Failure> {
-    let v4 = || <[u8; 4]>::try_from(bytes).map(|bytes| Ipv4Addr::from(bytes).into());
-    let v6 = || <[u8; 16]>::try_from(bytes).map(|bytes| Ipv6Addr::from(bytes).into());
     if bytes.is_empty() {
         return Ok(None);
     }
-    let parsed = v4().or_else(|_| v6());
-    parsed.map(Some).map_err(|_| wrong(field, format!("has {} bytes, not 4 or 16", bytes.len())))
+    let parsed = address::ip(bytes);
+    parsed.map(Some).ok_or_else(|| wrong(field, format!("has {} bytes, not 4 or 16", bytes.len())))
 }
 
 fn same_family(field: &str, one: IpAddr, other: Option<IpAddr>) -> Result<(), Failure> {

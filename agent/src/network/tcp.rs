@@ -1,6 +1,6 @@
 //! Connections from the host to servers of the guest.
 
-use super::{Home, endpoint};
+use super::Home;
 use crate::failure::{Failure, Kind, describe};
 use crate::link::{Dialer, Host};
 use std::io;
@@ -11,7 +11,10 @@ use vmshim_protocol::agent::ConnectTcpRequest;
 /// Connects a stream of the host to a server of the guest, or of the pod's network namespace, and carries bytes until both
 /// ends are done.
 pub async fn connect(request: &ConnectTcpRequest, home: Option<Home>) -> Result<(), Failure> {
-    let to = endpoint::parse("to", &request.to)?;
+    let to = request
+        .to
+        .socket_address()
+        .ok_or_else(|| Failure::new(Kind::InvalidArgument, "to: is no address with a port"))?;
     let mut server = open(to, home.as_ref()).await.map_err(|error| {
         Failure::new(Kind::FailedPrecondition, format!("{to} of the guest: {}", describe(&error)))
     })?;

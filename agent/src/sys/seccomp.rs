@@ -1,5 +1,5 @@
-//! Seccomp filters that ask (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)): a system call waits until whoever holds the
-//! filter's listener has answered.
+//! Seccomp filters, and those that ask (`SECCOMP_RET_USER_NOTIF`, seccomp_unotify(2)): a system call waits until whoever
+//! holds the filter's listener has answered.
 
 use super::{check, check_fd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,7 +15,38 @@ const RETURN_ASK: u32 = 0x7fc0_0000;
 const RECEIVE: libc::c_ulong = 0xc050_2100;
 const ANSWER: libc::c_ulong = 0xc018_2101;
 const GO_ON: u32 = 1;
-const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// The architecture of 64-bit calls and, with a bit of their number set, of x32's.
+pub const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+
+/// Steps of a filter, and where in the data that it is about they look.
+pub mod step {
+    /// Loads a word of the data.
+    pub const LOAD: u16 = 0x20;
+    /// Jumps by equality.
+    pub const JUMP_EQUAL: u16 = 0x15;
+    /// Jumps by being greater.
+    pub const JUMP_GREATER: u16 = 0x25;
+    /// Ends with a verdict.
+    pub const RETURN: u16 = 0x06;
+    /// The call's number.
+    pub const NUMBER: u32 = 0;
+    /// The call's architecture.
+    pub const ARCHITECTURE: u32 = 4;
+
+    /// One step.
+    pub const fn of(code: u16, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+        libc::sock_filter { code, jt, jf, k }
+    }
+}
+
+/// Puts a filter into force for this process. The result is the listener's descriptor where the flags ask for one.
+pub fn load(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_long> {
+    let len =
+        libc::c_ushort::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the steps outlive the call, which copies them.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program) })
+}
 
 /// A system call that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,28 +80,17 @@ pub enum Asked {
 /// Has every later `call` of this process and its children ask. The calling thread must be privileged or have
 /// no_new_privs.
 pub fn ask_for(call: libc::c_long) -> io::Result<OwnedFd> {
-    const LOAD: u16 = 0x20;
-    const JUMP_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    const NUMBER: u32 = 0;
-    const ARCHITECTURE: u32 = 4;
-    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    use step::{ARCHITECTURE, JUMP_EQUAL, LOAD, NUMBER, RETURN};
     let call = u32::try_from(call).map_err(io::Error::other)?;
-    let mut steps = [
-        step(LOAD, 0, 0, ARCHITECTURE),
-        step(JUMP_EQUAL, 0, 3, AUDIT_ARCH_X86_64),
-        step(LOAD, 0, 0, NUMBER),
-        step(JUMP_EQUAL, 0, 1, call),
-        step(RETURN, 0, 0, RETURN_ASK),
-        step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+    let program = [
+        step::of(LOAD, 0, 0, ARCHITECTURE),
+        step::of(JUMP_EQUAL, 0, 3, AUDIT_ARCH_X86_64),
+        step::of(LOAD, 0, 0, NUMBER),
+        step::of(JUMP_EQUAL, 0, 1, call),
+        step::of(RETURN, 0, 0, RETURN_ASK),
+        step::of(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
-    let program = libc::sock_fprog {
-        len: libc::c_ushort::try_from(steps.len()).map_err(io::Error::other)?,
-        filter: steps.as_mut_ptr(),
-    };
-    let flags = NEW_LISTENER | WAIT_KILLABLE;
-    // SAFETY: the program outlives the call, which copies it.
-    check_fd(unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program) })
+    check_fd(load(&program, NEW_LISTENER | WAIT_KILLABLE)?)
 }
 
 /// The next question, without waiting for one.

@@ -9,7 +9,7 @@ mod datagrams;
 mod listeners;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,23 +135,13 @@ impl HostNetwork {
     /// What the guest names, where it may name anything.
     fn endpoint(&self, endpoint: &api::Endpoint) -> Option<SocketAddr> {
         self.shared.get()?;
-        let address = match *endpoint.address.as_slice() {
-            [a, b, c, d] => IpAddr::from([a, b, c, d]),
-            ref bytes => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-        };
-        let port = u16::try_from(endpoint.port).ok().filter(|port| *port != 0)?;
-        Some(SocketAddr::new(address, port))
+        endpoint.socket_address()
     }
 }
 
-/// How the guest is told of an address.
+/// How the guest is told of an address, which an IPv6 socket may know as a mapped one.
 pub fn endpoint(address: SocketAddr) -> api::Endpoint {
-    let ip = address.ip().to_canonical();
-    let bytes = match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    api::Endpoint { address: bytes, port: address.port().into(), ..Default::default() }
+    SocketAddr::new(address.ip().to_canonical(), address.port()).into()
 }
 
 async fn connect(vm: &Vm, to: SocketAddr) -> Result<Port, Refused> {

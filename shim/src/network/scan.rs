@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 
+use vmshim_protocol::address::octets;
 use vmshim_protocol::agent as api;
 use vmshim_protocol::netlink::Netlink;
 use vmshim_protocol::netlink::route::address::{AddressAttribute, AddressFlags, AddressMessage};
@@ -241,13 +242,6 @@ fn neighbour(message: &NeighbourMessage) -> Option<api::Neighbour> {
     }
     let ip = ip.filter(|ip| !ip.is_multicast())?;
     (mac.len() == 6).then(|| api::Neighbour { address: octets(ip), mac, ..Default::default() })
-}
-
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
 }
 
 fn route_octets(address: &RouteAddress) -> Option<Vec<u8>> {

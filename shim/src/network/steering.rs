@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use vmshim_protocol::bpf::{self, Function, Hook, MapKind, Program, Register};
+use vmshim_protocol::bpf::{self, Hook, MapKind, Program, Register};
 
 /// Offsets in `struct bpf_sk_lookup`.
 mod context {
@@ -31,24 +31,14 @@ pub fn steer_all(netns: impl AsFd, listener: impl AsFd) -> io::Result<OwnedFd> {
 
 /// The program. A listener that has gone, or is not of the connection's family, lets the kernel search on.
 fn program(sockets: &OwnedFd) -> Vec<u64> {
-    use Register::{R0, R1, R2, R3, R6, R7};
+    use Register::{R1, R2, R6};
     let mut program = Program::default();
     let pass = program.label();
     program.copy(R6, R1);
     program.load(R2, R1, context::PROTOCOL);
     program.jump_unless(R2, TCP, pass);
     program.keep_number(-4, 0);
-    program.map(R1, sockets);
-    program.stack(R2, -4);
-    program.call(Function::Find);
-    program.jump_if(R0, 0, pass);
-    program.copy(R7, R0);
-    program.copy(R1, R6);
-    program.copy(R2, R7);
-    program.set(R3, 0);
-    program.call(Function::AssignSocket);
-    program.copy(R1, R7);
-    program.call(Function::ReleaseSocket);
+    program.assign_socket(sockets, -4, pass);
     program.place(pass);
     program.end(PASS);
     program.instructions()
