@@ -142,10 +142,15 @@ impl Pair {
 
     /// A server of the peer that does `serve` with its first client.
     fn serve(&self, address: &str, serve: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
-        let address: SocketAddr = address.parse().unwrap();
-        let listener = at(&self.peer, move || TcpListener::bind(address).unwrap()).join().unwrap();
-        std::thread::spawn(move || serve(listener.accept().unwrap().0))
+        serve_at(&self.peer, address, serve)
     }
+}
+
+/// A server in a named namespace that does `serve` with its first client.
+fn serve_at(netns: &str, address: &str, serve: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
+    let address: SocketAddr = address.parse().unwrap();
+    let listener = at(netns, move || TcpListener::bind(address).unwrap()).join().unwrap();
+    std::thread::spawn(move || serve(listener.accept().unwrap().0))
 }
 
 impl Drop for Pair {
@@ -399,6 +404,34 @@ fn the_network_belongs_to_the_users_of_a_container() {
     }
     host.assert_nothing_left();
     assert_eq!(pair.settings(), before);
+}
+
+#[test]
+fn a_server_of_the_host_in_the_pods_namespace_is_reached() {
+    let pair = Pair::new("inner");
+    let host = host();
+    {
+        let echo = |mut client: TcpStream| {
+            let mut word = [0; 6];
+            client.read_exact(&mut word).unwrap();
+            client.write_all(&word).unwrap();
+        };
+        let addresses = ["10.9.0.2:7200", "127.0.0.1:7201", "[fd00:9::2]:7202", "[::]:7203"];
+        let servers = addresses.map(|address| serve_at(&pair.pod, address, echo));
+        let container = host.background(&["--with-ns", &pair.option()]);
+        let inside = |name: &str, line: &str| container.exec(name, &["sh", "-c", line]);
+        let taken = inside("taken", "nc -l -p 7203");
+        assert!(stderr(&taken).contains("Address already in use"), "{}", stderr(&taken));
+        for address in ["10.9.0.2 7200", "127.0.0.1 7201", "fd00:9::2 7202", "10.9.0.2 7203"] {
+            let name = format!("call-{}", name_of(address));
+            let answer = inside(&name, &format!("echo hello | nc -w 20 {address}"));
+            assert_eq!(succeeded(&answer), "hello\n", "{address}");
+        }
+        for server in servers {
+            server.join().unwrap();
+        }
+    }
+    host.assert_nothing_left();
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! TCP connections of containers to what may be on the host.
+//! TCP connections of containers to what may be on the host, or in the pod's network namespace.
 //!
 //! The guest's kernel completes them with the agent before the host has been asked, so what the host refuses is reset
 //! rather than refused.
@@ -19,20 +19,36 @@ const MOST: usize = 512;
 /// Of these, as many wait for the host at a time; it refuses to follow more than twice as many.
 const MOST_ASKED: usize = 128;
 
+/// How many more connections there may be.
+pub struct Bounds {
+    free: Arc<Semaphore>,
+    asked: Semaphore,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { free: Arc::new(Semaphore::new(MOST)), asked: Semaphore::new(MOST_ASKED) }
+    }
+}
+
 /// Takes in connections for as long as the guest lives.
-pub async fn serve(listener: TcpListener, events: Arc<Events>, dials: Arc<Dials>) -> io::Result<()> {
-    let (free, asked) = (Arc::new(Semaphore::new(MOST)), Arc::new(Semaphore::new(MOST_ASKED)));
-    while let Ok(permit) = free.clone().acquire_owned().await {
+pub async fn serve(
+    listener: TcpListener,
+    bounds: Arc<Bounds>,
+    events: Arc<Events>,
+    dials: Arc<Dials>,
+) -> io::Result<()> {
+    while let Ok(permit) = bounds.free.clone().acquire_owned().await {
         let connection = match listener.accept().await {
             Ok((connection, _)) => connection,
             // The client has gone already.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return Err(error),
         };
-        let (events, dials, asked) = (events.clone(), dials.clone(), asked.clone());
+        let (events, dials, bounds) = (events.clone(), dials.clone(), bounds.clone());
         tokio::spawn(async move {
             // Whatever ends it, both sides see their connection closed.
-            let _ = carry(connection, &events, &dials, &asked).await;
+            let _ = carry(connection, &events, &dials, &bounds.asked).await;
             drop(permit);
         });
     }
@@ -72,7 +88,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let dials = Arc::<Dials>::default();
-        tokio::spawn(serve(listener, Arc::default(), dials.clone()));
+        tokio::spawn(serve(listener, Arc::default(), Arc::default(), dials.clone()));
         let mut client = TcpStream::connect(address).await.unwrap();
         while dials.waiting() == 0 {
             tokio::task::yield_now().await;

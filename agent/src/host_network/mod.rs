@@ -22,6 +22,7 @@ use crate::failure::{Failure, Kind};
 use crate::log;
 use crate::network::share_addresses;
 use crate::sys::ring::Ring;
+use connections::Bounds;
 use listening::Listening;
 pub use listening::Place;
 use programs::Programs;
@@ -59,6 +60,18 @@ impl HostNetwork {
     /// Whether it is shared.
     pub fn is_shared(&self) -> bool {
         self.shared.initialized()
+    }
+
+    /// Hands on to the host what connects to `listeners`, where servers of the host would listen in a pod that were no guest.
+    pub fn stand_in(&self, listeners: Vec<std::net::TcpListener>) -> Result<(), Failure> {
+        let bounds = Arc::<Bounds>::default();
+        for listener in listeners {
+            let listener = tokio::net::TcpListener::from_std(listener)
+                .map_err(|error| internal("listen in a server's stead", &error))?;
+            let (events, dials) = (self.events.clone(), self.dials.clone());
+            say_end("a server of the pod", connections::serve(listener, bounds.clone(), events, dials));
+        }
+        Ok(())
     }
 
     /// Checks that a connection from the host reaches a container. One that does not would come back to us, and go to the
@@ -101,7 +114,7 @@ impl HostNetwork {
         tcp.set_nonblocking(true).map_err(doing)?;
         let tcp = tokio::net::TcpListener::from_std(tcp).map_err(doing)?;
         let (events, dials) = (self.events.clone(), self.dials.clone());
-        say_end("connections", connections::serve(tcp, events.clone(), dials.clone()));
+        say_end("connections", connections::serve(tcp, Arc::default(), events.clone(), dials.clone()));
         say_end("datagrams", datagrams::serve(udp, events, dials));
         let listening = self.listening.clone();
         say_end("servers that end", async move { listening.follow_closed(closed).await });

@@ -11,6 +11,7 @@ mod request;
 mod tcp;
 
 use crate::failure::{Failure, Kind, describe};
+use crate::log;
 use crate::sys::slots;
 pub use home::Home;
 use nix::errno::Errno;
@@ -18,6 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use request::Interface;
 use std::collections::BTreeMap;
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 pub use tcp::connect;
@@ -34,10 +36,22 @@ const LINK_GROUP: u32 = 1;
 const LINK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Configures interfaces, at `home` where that is not in the guest's own network namespace, and waits until their links are
-/// up.
-pub async fn configure(request: ConfigureNetworkRequest, home: Option<Home>) -> Result<(), Failure> {
+/// up. Then listens where servers of the host do; one that the guest cannot have is left out.
+pub async fn configure(
+    request: ConfigureNetworkRequest,
+    home: Option<Home>,
+) -> Result<Vec<TcpListener>, Failure> {
     let interfaces = request::parse(&request)?;
-    let done = tokio::task::spawn_blocking(move || apply(&interfaces, home.as_ref())).await;
+    let servers = request::servers(&request)?;
+    let apply = move || {
+        slots::look_again().map_err(|error| internal("start the network devices", &error))?;
+        let all = || apply(&interfaces).map(|()| servers.into_iter().filter_map(stand_in).collect());
+        let Some(home) = home else { return all() };
+        let refused = |error: io::Error| internal("take the network to the pod's users", &error);
+        home.take_in(&interfaces).map_err(refused)?;
+        home.run(all).map_err(refused)?
+    };
+    let done = tokio::task::spawn_blocking(apply).await;
     done.unwrap_or_else(|_| Err(Failure::new(Kind::Internal, "the network's thread has died")))
 }
 
@@ -59,16 +73,13 @@ fn internal(what: &str, error: &io::Error) -> Failure {
     Failure::new(Kind::Internal, format!("{what}: {}", describe(error)))
 }
 
-fn apply(interfaces: &[Interface], home: Option<&Home>) -> Result<(), Failure> {
-    slots::look_again().map_err(|error| internal("start the network devices", &error))?;
-    let Some(home) = home else { return apply_here(interfaces) };
-    let refused = |error: io::Error| internal("take the network to the pod's users", &error);
-    home.take_in(interfaces).map_err(refused)?;
-    home.run(|| apply_here(interfaces)).map_err(refused)?
+fn stand_in(at: SocketAddr) -> Option<TcpListener> {
+    let missing = |error: &io::Error| log::error(&format!("{at} of the pod's namespace is missing: {error}"));
+    tcp::listen(at).inspect_err(missing).ok()
 }
 
 /// In the network namespace that the caller is in.
-fn apply_here(interfaces: &[Interface]) -> Result<(), Failure> {
+fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
     let talk = |error: io::Error| internal("talk to the guest's kernel about its network", &error);
     let mut netlink = Netlink::open().map_err(talk)?;
     // Before anything comes up, so that nothing is missed.

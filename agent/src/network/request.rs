@@ -1,10 +1,10 @@
 //! What the shim asks for, as types that can be asked of the kernel.
 
 use crate::failure::{Failure, Kind};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use vmshim_protocol::address;
 use vmshim_protocol::agent::{
-    ConfigureNetworkRequest, InterfaceAddress, Neighbour as NeighbourMessage, NetworkInterface,
+    ConfigureNetworkRequest, Endpoint, InterfaceAddress, Neighbour as NeighbourMessage, NetworkInterface,
     Route as RouteMessage,
 };
 
@@ -61,6 +61,14 @@ pub struct Neighbour {
 /// The interfaces of a request.
 pub fn parse(request: &ConfigureNetworkRequest) -> Result<Vec<Interface>, Failure> {
     request.interfaces.iter().map(interface).collect()
+}
+
+/// Where the agent shall listen in others' stead.
+pub fn servers(request: &ConfigureNetworkRequest) -> Result<Vec<SocketAddr>, Failure> {
+    let address = |endpoint: &Endpoint| {
+        endpoint.socket_address().ok_or_else(|| wrong("servers", "holds what is no address with a port"))
+    };
+    request.servers.iter().map(address).collect()
 }
 
 fn interface(message: &NetworkInterface) -> Result<Interface, Failure> {

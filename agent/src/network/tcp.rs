@@ -1,10 +1,14 @@
-//! Connections from the host to servers of the guest.
+//! Connections from the host to servers of the guest, and listening in the stead of servers of the host.
 
 use super::Home;
 use crate::failure::{Failure, Kind, describe};
 use crate::link::{Dialer, Host};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
 use tokio::net::{TcpSocket, TcpStream};
 use vmshim_protocol::agent::ConnectTcpRequest;
 
@@ -51,15 +55,29 @@ async fn open_one(address: SocketAddr, home: Option<&Home>) -> io::Result<TcpStr
     socket.connect(address).await
 }
 
+/// Listens in the network namespace of this thread. An IPv6 address is that alone, so that there may be another server for
+/// IPv4.
+pub fn listen(at: SocketAddr) -> io::Result<TcpListener> {
+    let family = if at.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if at.is_ipv6() {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(at))?;
+    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::net::TcpListener;
     use vmshim_protocol::agent::Endpoint;
 
     #[tokio::test]
     async fn a_server_of_either_family_is_found() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let port = listener.local_addr().unwrap().port();
         let addresses = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
         for address in addresses {
@@ -67,6 +85,14 @@ mod tests {
         }
         drop(listener);
         assert!(open(SocketAddr::new(addresses[0], port), None).await.is_err());
+    }
+
+    #[test]
+    fn the_families_listen_apart() {
+        let v6 = listen((Ipv6Addr::UNSPECIFIED, 0).into()).unwrap();
+        let port = v6.local_addr().unwrap().port();
+        assert!(listen((Ipv4Addr::UNSPECIFIED, port).into()).is_ok());
+        assert!(listen((Ipv6Addr::UNSPECIFIED, port).into()).is_err());
     }
 
     #[tokio::test]

@@ -161,7 +161,8 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
-        crate::network::configure(request, self.containers.home()?).await?;
+        let servers = crate::network::configure(request, self.containers.home()?).await?;
+        self.containers.host_network().stand_in(servers)?;
         Ok(Empty::new())
     }
 

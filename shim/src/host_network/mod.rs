@@ -14,13 +14,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
+use tokio::net::TcpSocket;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::time::{Instant, timeout};
 use vmshim_protocol::agent as api;
 use vmshim_protocol::control::FdRole;
 
 use crate::agent_client::AgentError;
+use crate::network::Servers;
 use crate::vm::{ControlError, Port, Vm};
 use listeners::Listeners;
 
@@ -43,6 +44,14 @@ enum Refused {
     Control(#[from] ControlError),
     #[error("{0}")]
     Agent(#[from] AgentError),
+}
+
+/// In which network namespace a connection is made.
+enum Way {
+    /// containerd's.
+    Host,
+    /// The pod's own.
+    Namespace(Servers),
 }
 
 /// What a pod has of the host's network: nothing until it is shared.
@@ -79,10 +88,11 @@ impl HostNetwork {
         self.shared.get_or_try_init(share).await.map(drop)
     }
 
-    /// Follows a connection that somebody in a container has made, or a first datagram.
-    pub fn dialled(&self, vm: &Arc<Vm>, dialled: &api::HostDialled) {
+    /// Follows a connection that somebody in a container has made, or a first datagram: to one of the servers of the pod's
+    /// own network namespace, or to whatever the host's network leads to.
+    pub fn dialled(&self, vm: &Arc<Vm>, dialled: &api::HostDialled, servers: &Servers) {
         let (vm, connection) = (vm.clone(), dialled.connection);
-        let Some(to) = self.endpoint(&dialled.to) else { return };
+        let Some((way, to)) = self.way(dialled, servers) else { return };
         let limit = if dialled.datagrams { &self.pairs } else { &self.pending };
         let Ok(permit) = limit.clone().try_acquire_owned() else {
             log::warn!("the guest makes more connections at once than are followed");
@@ -93,7 +103,7 @@ impl HostNetwork {
             return;
         }
         tokio::spawn(async move {
-            let port = match connect(&vm, to).await {
+            let port = match connect(&vm, &way, to).await {
                 Ok(port) => Some(port),
                 Err(error) => {
                     log::debug!("a connection to {to} fails: {error}");
@@ -132,6 +142,15 @@ impl HostNetwork {
         }
     }
 
+    /// How the guest gets where it wants to, if it may.
+    fn way(&self, dialled: &api::HostDialled, servers: &Servers) -> Option<(Way, SocketAddr)> {
+        let to = dialled.to.socket_address()?;
+        if !dialled.datagrams && servers.have(to) {
+            return Some((Way::Namespace(servers.clone()), to));
+        }
+        self.endpoint(&dialled.to).map(|to| (Way::Host, to))
+    }
+
     /// What the guest names, where it may name anything.
     fn endpoint(&self, endpoint: &api::Endpoint) -> Option<SocketAddr> {
         self.shared.get()?;
@@ -144,8 +163,13 @@ pub fn endpoint(address: SocketAddr) -> api::Endpoint {
     SocketAddr::new(address.ip().to_canonical(), address.port()).into()
 }
 
-async fn connect(vm: &Vm, to: SocketAddr) -> Result<Port, Refused> {
-    let connected = timeout(CONNECT_LIMIT, TcpStream::connect(to)).await;
+async fn connect(vm: &Vm, way: &Way, to: SocketAddr) -> Result<Port, Refused> {
+    let make = if to.is_ipv4() { TcpSocket::new_v4 } else { TcpSocket::new_v6 };
+    let socket = match way {
+        Way::Host => make()?,
+        Way::Namespace(servers) => servers.socket(make).await?,
+    };
+    let connected = timeout(CONNECT_LIMIT, socket.connect(to)).await;
     let connection = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
     // Small pieces come from the guest as they were sent.
     connection.set_nodelay(true)?;
@@ -171,6 +195,7 @@ async fn answer(vm: &Vm, connection: u64, port: Option<Port>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::Netns;
 
     fn named(address: &[u8], port: u32) -> api::Endpoint {
         api::Endpoint { address: address.to_vec(), port, ..Default::default() }
@@ -185,6 +210,22 @@ mod tests {
         for bad in [named(&[127, 0, 0], 80), named(&[], 80), named(&[1; 4], 0), named(&[1; 4], 65536)] {
             assert_eq!(network.endpoint(&bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_pods_own_servers_are_reached_in_its_namespace_and_nothing_else_is() {
+        let network = HostNetwork::new(true);
+        let netns = Netns::open(std::path::Path::new("/proc/self/ns/net")).unwrap();
+        let servers = Servers::new(netns, vec!["10.0.0.1:80".parse().unwrap()]);
+        let way = |address: &[u8], port, datagrams| {
+            let to = Some(named(address, port)).into();
+            network.way(&api::HostDialled { to, datagrams, ..Default::default() }, &servers)
+        };
+        assert!(matches!(way(&[10, 0, 0, 1], 80, false), Some((Way::Namespace(_), _))));
+        assert!(way(&[10, 0, 0, 1], 81, false).is_none());
+        assert!(way(&[10, 0, 0, 1], 80, true).is_none());
+        network.shared.set(()).unwrap();
+        assert!(matches!(way(&[10, 0, 0, 1], 81, false), Some((Way::Host, _))));
     }
 
     #[test]

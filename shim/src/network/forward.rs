@@ -33,13 +33,14 @@ pub struct Forwarder {
 }
 
 impl Forwarder {
-    /// Begins to take in connections. To be called in the namespace.
-    pub fn new(netns: &Netns) -> io::Result<Self> {
+    /// Begins to take in connections, but not those to the ports of servers that the namespace has. To be called in the
+    /// namespace.
+    pub fn new(netns: &Netns, servers: &[SocketAddr]) -> io::Result<Self> {
         // The port has no meaning. One IPv6 socket takes in both families, where there is IPv6 at all.
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))?;
         listener.set_nonblocking(true)?;
-        let steering = steer_all(netns, &listener)?;
+        let steering = steer_all(netns, &listener, servers.iter().map(SocketAddr::port))?;
         Ok(Self { listener, steering })
     }
 

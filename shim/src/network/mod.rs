@@ -20,9 +20,11 @@ mod netns;
 mod ready;
 mod redirect;
 mod scan;
+mod servers;
 mod steering;
 mod tap;
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,15 +37,17 @@ use crate::state::{Entry, Journal, Redirection};
 use crate::vm::Vm;
 pub use error::NetworkError;
 use forward::Forwarder;
-pub use netns::Inode;
-use netns::Netns;
+pub use netns::{Inode, Netns};
 pub use ready::Ready;
+pub use servers::Servers;
 
 /// A pod's network on the host's side.
 pub struct Prepared {
     interfaces: Vec<Interface>,
     /// None where the kernel cannot do it.
     forwarder: Option<Forwarder>,
+    servers: Vec<SocketAddr>,
+    netns: Netns,
 }
 
 /// One interface.
@@ -59,15 +63,24 @@ struct Interface {
 /// When the namespace or what is in it cannot be used. What has been made by then stands in the journal.
 pub fn prepare(path: &Path, slots: u8, journal: &Journal) -> Result<Prepared, NetworkError> {
     let netns = Netns::open(path)?;
-    netns.run(|| prepare_inside(&netns, path, slots, journal))?
+    let (interfaces, servers, forwarder) = netns.run(|| {
+        let interfaces = prepare_interfaces(&netns, path, slots, journal)?;
+        // Before the forwarder, which listens itself.
+        let servers = servers::scan().map_err(NetworkError::host("see who listens"))?;
+        let forwarder = Forwarder::new(&netns, &servers)
+            .inspect_err(|error| log::warn!("ports of the pod cannot be forwarded: {error}"))
+            .ok();
+        Ok::<_, NetworkError>((interfaces, servers, forwarder))
+    })??;
+    Ok(Prepared { interfaces, forwarder, servers, netns })
 }
 
-fn prepare_inside(
+fn prepare_interfaces(
     netns: &Netns,
     path: &Path,
     slots: u8,
     journal: &Journal,
-) -> Result<Prepared, NetworkError> {
+) -> Result<Vec<Interface>, NetworkError> {
     let mut netlink = Netlink::open().map_err(NetworkError::host("open a netlink socket"))?;
     let found = scan::scan(&mut netlink, path)?;
     if found.len() > usize::from(slots) {
@@ -91,15 +104,12 @@ fn prepare_inside(
         redirect::connect(&mut netlink, &name, &redirection, tap_index)?;
         interfaces.push(Interface { tap, description });
     }
-    let forwarder = Forwarder::new(netns)
-        .inspect_err(|error| log::warn!("ports of the pod cannot be forwarded: {error}"))
-        .ok();
-    Ok(Prepared { interfaces, forwarder })
+    Ok(interfaces)
 }
 
 impl Prepared {
     /// Gives the taps to the VMM and the description to the guest, after the pod's own namespaces where it has such in which
-    /// its network belongs. The taps live on in the VMM alone.
+    /// its network belongs. The taps live on in the VMM alone. Comes with the servers that the namespace has.
     ///
     /// # Errors
     /// When either refuses.
@@ -108,12 +118,14 @@ impl Prepared {
         vm: &Arc<Vm>,
         namespaces: Option<&api::SetUpPodRequest>,
         deadline: Instant,
-    ) -> Result<(), NetworkError> {
+    ) -> Result<Servers, NetworkError> {
+        let servers = Servers::new(self.netns, self.servers);
         for (slot, interface) in (0u8..).zip(&self.interfaces) {
             vm.attach_nic(slot, interface.tap.as_fd(), deadline).await?;
         }
         let interfaces = self.interfaces.into_iter().map(|interface| interface.description).collect();
-        let request = api::ConfigureNetworkRequest { interfaces, ..Default::default() };
+        let standing_in = servers.at().iter().copied().map(api::Endpoint::from).collect();
+        let request = api::ConfigureNetworkRequest { interfaces, servers: standing_in, ..Default::default() };
         if let Some(namespaces) = namespaces {
             vm.agent().set_up_pod(namespaces, deadline).await?;
         }
@@ -121,7 +133,7 @@ impl Prepared {
         if let Some(forwarder) = self.forwarder {
             forwarder.run(vm.clone());
         }
-        Ok(())
+        Ok(servers)
     }
 }
 

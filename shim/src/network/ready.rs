@@ -7,11 +7,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use vmshim_protocol::agent::SetUpPodRequest;
 
-use super::{NetworkError, prepare};
+use super::{NetworkError, Servers, prepare};
 use crate::state::Journal;
 use crate::vm::Vm;
 
-type Outcome = Result<(), Arc<NetworkError>>;
+type Outcome = Result<Servers, Arc<NetworkError>>;
 
 /// What becomes of a pod's network. Clones are of the same network.
 #[derive(Clone)]
@@ -36,7 +36,7 @@ impl Ready {
                 Err(error) => Err(error),
             };
             match &outcome {
-                Ok(()) => log::debug!("the guest's network is set up"),
+                Ok(_) => log::debug!("the guest's network is set up"),
                 Err(error) => log::error!("the pod has no network: {error}"),
             }
             sender.send_replace(Some(outcome.map_err(Arc::new)));
@@ -48,12 +48,17 @@ impl Ready {
     ///
     /// # Errors
     /// Why it is not.
-    pub async fn wait(&self) -> Outcome {
+    pub async fn wait(&self) -> Result<(), Arc<NetworkError>> {
         let mut receiver = self.0.clone();
         match receiver.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone().unwrap_or(Ok(())),
+            Ok(outcome) => outcome.clone().map_or(Ok(()), |outcome| outcome.map(drop)),
             Err(_) => Err(Arc::new(NetworkError::Internal)),
         }
+    }
+
+    /// The servers of the host in the namespace; none before the network is set up.
+    pub fn servers(&self) -> Servers {
+        self.0.borrow().clone().and_then(Result::ok).unwrap_or_default()
     }
 }
 

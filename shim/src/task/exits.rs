@@ -71,7 +71,7 @@ async fn receive_reports(pod: &Arc<Pod>, vm: &Arc<Vm>) -> Result<(), AgentError>
                 }
             }
             Some(api::event::Event::SocketDialled(dialled)) => sockets::follow(pod, vm, dialled),
-            Some(api::event::Event::HostDialled(dialled)) => pod.host_network.dialled(vm, &dialled),
+            Some(api::event::Event::HostDialled(dialled)) => pod.dialled(vm, &dialled),
             Some(api::event::Event::HostListen(listen)) => pod.host_network.listen(vm, &listen),
             Some(api::event::Event::HostUnlisten(unlisten)) => pod.host_network.unlisten(&unlisten),
             _ => {}

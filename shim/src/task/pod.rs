@@ -282,6 +282,12 @@ impl Pod {
         }
     }
 
+    /// Follows a connection or a first datagram of somebody in the guest.
+    pub fn dialled(&self, vm: &Arc<Vm>, dialled: &api::HostDialled) {
+        let network = self.network.get().and_then(Option::as_ref);
+        self.host_network.dialled(vm, dialled, &network.map(Ready::servers).unwrap_or_default());
+    }
+
     /// Whether the pod has a network namespace, which is the guest's network then.
     pub fn has_netns(&self) -> bool {
         matches!(self.network.get(), Some(Some(_)))
