@@ -10,6 +10,7 @@
 
 mod bad_input;
 mod bad_pods;
+mod calls;
 mod exec;
 mod faults;
 mod fixture;

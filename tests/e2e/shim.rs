@@ -58,8 +58,10 @@ pub fn spec_run(host: &Host, command: &[&str], change: impl FnOnce(&mut Value)) 
 /// A shim started by hand over a bundle.
 pub struct Direct {
     bundle: tempfile::TempDir,
-    id: String,
-    client: TaskClient,
+    /// The container's id.
+    pub id: String,
+    /// The Task service.
+    pub client: TaskClient,
 }
 
 impl Direct {
@@ -137,7 +139,8 @@ fn program(host: &Host, id: &str, bundle: &Path, action: &str) -> Output {
     command.arg(action).output().unwrap()
 }
 
-fn minute() -> Context {
+/// How long a call may take.
+pub fn minute() -> Context {
     context::with_duration(std::time::Duration::from_secs(60))
 }
 

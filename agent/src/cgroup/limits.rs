@@ -5,8 +5,10 @@
 
 use super::{Cgroup, devices};
 use crate::engine::error::{Context, Error, Result};
+use crate::engine::process::parse_cpus;
+use crate::log;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
-use std::io;
+use std::{fs, io};
 
 /// A value for a file, and the field it comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +20,7 @@ struct Setting {
 
 /// Sets all limits but the devices, which have no file.
 pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
-    for setting in settings(resources, |file| cgroup.has(file))? {
+    for setting in settings_here(cgroup, resources)? {
         cgroup.write(&setting.file, &setting.value).map_err(|error| refusal(&setting, error))?;
     }
     Ok(())
@@ -30,13 +32,40 @@ pub fn update(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     if resources.memory().as_ref().and_then(|memory| memory.check_before_update()).unwrap_or(false) {
         check_usage(cgroup, resources)?;
     }
-    for setting in ordered_for_update(cgroup, settings(resources, |file| cgroup.has(file))?) {
+    for setting in ordered_for_update(cgroup, settings_here(cgroup, resources)?) {
         cgroup.write(&setting.file, &setting.value).map_err(|error| refusal(&setting, error))?;
     }
     match resources.devices() {
         Some(rules) if !rules.is_empty() => devices::enforce(cgroup, rules),
         _ => Ok(()),
     }
+}
+
+fn settings_here(cgroup: &Cgroup, resources: &LinuxResources) -> Result<Vec<Setting>> {
+    let mut settings = settings(resources, |file| cgroup.has(file))?;
+    let cpus = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    settings.retain(|setting| names_what_is_here(setting, &cpus));
+    Ok(settings)
+}
+
+/// Whether a set of CPUs or memory nodes can be meant for this guest. Kubelets pick them from the host's, and a pod must
+/// not fail of it.
+fn names_what_is_here(setting: &Setting, cpus: &str) -> bool {
+    let here = match setting.file.as_str() {
+        "cpuset.cpus" => cpus,
+        "cpuset.mems" => "0",
+        _ => return true,
+    };
+    let (wanted, here) = (parse_cpus(&setting.value), parse_cpus(here.trim()).unwrap_or_default());
+    // What is no list is the kernel's to refuse.
+    let fits = wanted.is_none_or(|wanted| wanted.iter().all(|number| here.contains(number)));
+    if !fits {
+        log::error(&format!(
+            "linux.resources.{} = {} means the host's and is not applied in the guest",
+            setting.field, setting.value
+        ));
+    }
+    fits
 }
 
 fn refusal(setting: &Setting, error: io::Error) -> Error {
@@ -108,6 +137,10 @@ fn settings(resources: &LinuxResources, has: impl Fn(&str) -> bool) -> Result<Ve
         add_io(&mut list, io)?;
     }
     for limit in resources.hugepage_limits().iter().flatten() {
+        // Kubelets forbid every size that their node has, and of one that the guest does not have there is none to use.
+        if limit.limit() == 0 && !(list.has)(&format!("hugetlb.{}.max", limit.page_size())) {
+            continue;
+        }
         let field = format!("hugepageLimits[{}]", limit.page_size());
         let prefix = format!("hugetlb.{}", limit.page_size());
         let value = if limit.limit() < 0 { "max".to_owned() } else { limit.limit().to_string() };
@@ -300,6 +333,26 @@ mod tests {
             of(r#"{"cpu":{"cpus":"0-1","mems":"0"}}"#).unwrap(),
             [pair("cpuset.cpus", "0-1"), pair("cpuset.mems", "0")]
         );
+    }
+
+    #[test]
+    fn sets_of_the_hosts_cpus_and_nodes_are_left_out() {
+        let here = |file: &str, value: &str| {
+            let setting = Setting { file: file.into(), value: value.into(), field: String::new() };
+            names_what_is_here(&setting, "0-1\n")
+        };
+        assert!(here("cpuset.cpus", "0-1") && here("cpuset.mems", "0") && here("pids.max", "7"));
+        assert!(!here("cpuset.cpus", "1-2") && !here("cpuset.mems", "0-1"));
+        assert!(here("cpuset.cpus", "none at all"));
+    }
+
+    #[test]
+    fn huge_pages_that_a_guest_does_not_have_can_be_forbidden() {
+        let limits = |limit: u64| {
+            let json = format!(r#"{{"hugepageLimits":[{{"pageSize":"1GB","limit":{limit}}}]}}"#);
+            settings(&serde_json::from_str(&json).unwrap(), |_| false).unwrap().len()
+        };
+        assert_eq!((limits(0), limits(1 << 30)), (0, 1));
     }
 
     #[test]

@@ -7,4 +7,4 @@ mod transform;
 
 pub use limits::Limits;
 pub use spec::{Spec, SpecError};
-pub use transform::{HostBind, HostParts, Place, for_guest, leave_read_only_to_host};
+pub use transform::{HostBind, HostParts, Place, for_guest, leave_read_only_to_host, resources_for_guest};

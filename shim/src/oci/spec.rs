@@ -37,6 +37,9 @@ pub enum SpecError {
         /// Why.
         source: serde_json::Error,
     },
+    /// Limits that are none.
+    #[error("the limits are no OCI LinuxResources: {0}")]
+    Resources(serde_json::Error),
     /// A field that is missing, wrong, or not supported.
     #[error("config.json: {field} {problem}")]
     Field {

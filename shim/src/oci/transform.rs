@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use vmshim_protocol::agent::{CONTAINER_NAMESPACE, POD_NAMESPACE, POD_SHARED_MEMORY, SOCKET_SOURCE};
 use vmshim_protocol::shared::SOURCE_PREFIX;
 
@@ -113,7 +113,7 @@ pub fn for_guest(
         .try_for_each(|namespace| transform_namespace(namespace, place, has_users))?;
     // The network is the whole guest's, so a container has none of its own.
     spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
-    transform_resources(spec)?;
+    localise(&mut spec.linux.resources, &mut spec.linux.rest)?;
     spec.linux.cgroups_path = format!("/{id}");
     spec.linux.devices.retain(is_universal);
     // The host's security modules are not in the guest.
@@ -299,17 +299,26 @@ fn take_apparmor_profile(spec: &mut Spec) -> Result<(), SpecError> {
     }
 }
 
-fn transform_resources(spec: &mut Spec) -> Result<(), SpecError> {
-    let resources = &mut spec.linux.resources;
+/// Limits of a container that runs, as the JSON of an OCI `LinuxResources`, without what means the host's.
+///
+/// # Errors
+/// When it is none, or asks for what only the host could give.
+pub fn resources_for_guest(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+    let mut resources: Map<_, _> = serde_json::from_slice(json).map_err(SpecError::Resources)?;
+    localise(&mut resources, &mut Map::new())?;
+    serde_json::to_vec(&resources).map_err(SpecError::Resources)
+}
+
+fn localise(resources: &mut Map<String, Value>, linux: &mut Map<String, Value>) -> Result<(), SpecError> {
     for (name, field) in HOST_RESOURCES {
-        let asked = [resources.remove(name), spec.linux.rest.remove(name)];
+        let asked = [resources.remove(name), linux.remove(name)];
         if asked.iter().flatten().any(asks_for_something) {
             let problem = "limits what is the host's, which processes of a guest do not use".to_owned();
             return Err(SpecError::Field { field, problem });
         }
     }
     if let Some(cpu) = resources.get_mut("cpu").and_then(|cpu| cpu.as_object_mut()) {
-        for name in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
+        for name in ["realtimeRuntime", "realtimePeriod"] {
             // Kubelets set them for whole nodes; a pod must not fail of it.
             if cpu.remove(name).as_ref().is_some_and(asks_for_something) {
                 log::warn!(
@@ -483,7 +492,7 @@ mod tests {
                     { "path": "/dev/ram", "type": "b", "major": 1, "minor": 3 },
                 ],
                 "resources": {
-                    "cpu": { "quota": 5, "cpus": "7" }, "blockIO": {}, "pids": { "limit": 3 },
+                    "cpu": { "quota": 5, "cpus": "7", "realtimeRuntime": 9 }, "blockIO": {}, "pids": { "limit": 3 },
                 },
             },
         }))
@@ -491,9 +500,24 @@ mod tests {
         assert_eq!(spec["linux"]["namespaces"], json!([{ "type": "pid" }, { "type": "ipc" }]));
         assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
         assert_eq!(spec["linux"]["devices"].as_array().unwrap().len(), 1);
-        assert_eq!(spec["linux"]["resources"], json!({ "cpu": { "quota": 5 }, "pids": { "limit": 3 } }));
+        assert_eq!(
+            spec["linux"]["resources"],
+            json!({ "cpu": { "quota": 5, "cpus": "7" }, "pids": { "limit": 3 } })
+        );
         assert_eq!(spec["process"], json!({ "args": ["a"] }));
         assert!(spec.get("hooks").is_none() && spec["linux"].get("mountLabel").is_none());
+    }
+
+    #[test]
+    fn later_limits_are_taken_as_the_first_are() {
+        let update =
+            |json: &str| resources_for_guest(json.as_bytes()).map(|json| String::from_utf8(json).unwrap());
+        let kept = update(r#"{"cpu":{"cpus":"1","realtimePeriod":7},"pids":{"limit":3}}"#).unwrap();
+        assert_eq!(kept, r#"{"cpu":{"cpus":"1"},"pids":{"limit":3}}"#);
+        assert!(update(r#"{"blockIO":{"weight":10}}"#).unwrap_err().to_string().contains("blockIO"));
+        for none in ["", "[]", "7"] {
+            assert!(matches!(update(none), Err(SpecError::Resources(_))), "{none}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::protobuf::MessageField;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use vmshim_protocol::agent as api;
 
 use super::TaskError;
@@ -18,9 +18,6 @@ use crate::timeline::{self, Mark};
 
 /// How long output may take to reach its reader.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-
-/// How long the pod's end waits for output.
-const LAST_WORDS_LIMIT: Duration = Duration::from_secs(20);
 
 /// SIGKILL.
 const SIGKILL: u32 = 9;
@@ -111,7 +108,11 @@ async fn finish(pod: &Arc<Pod>, container: &Arc<Container>, deadline: Instant) -
             all: true,
             ..Default::default()
         };
-        pod.in_guest(vm, vm.agent().signal_process(&request, deadline)).await?;
+        match pod.in_guest(vm, vm.agent().signal_process(&request, deadline)).await {
+            // It has just died of itself, and its exit is about to be told.
+            Err(error) if error.is_not_found() => {}
+            other => drop(other?),
+        }
     }
     let exit = timeout_at(deadline, container.init.exited()).await.map_err(too_late)?;
     for process in container.execs().iter().chain([&container.init]) {
@@ -120,27 +121,6 @@ async fn finish(pod: &Arc<Pod>, container: &Arc<Container>, deadline: Instant) -
     timeout_at(deadline, container.removed()).await.map_err(too_late)?;
     hooks::deleted(pod, container, deadline).await;
     Ok(exit)
-}
-
-/// Waits for the output of what is about to end with its VM: of execs until they have exited, or where none runs, of
-/// the init. Neither a program that goes on for ever nor a reader that does not read holds up the pod's end.
-pub async fn hear_out(pod: &Pod) {
-    for container in pod.containers() {
-        let execs = container.execs();
-        let is_last = !execs.iter().any(|exec| exec.phase().is_live());
-        let awaited = execs.iter().chain(is_last.then_some(&container.init));
-        let all = async {
-            for process in awaited {
-                if process.phase().is_live() {
-                    process.exited().await;
-                }
-                process.drained().await;
-            }
-        };
-        if timeout(LAST_WORDS_LIMIT, all).await.is_err() {
-            log::warn!("container {} still runs, or its output is not read, when its pod ends", container.id);
-        }
-    }
 }
 
 /// Waits until output has reached its reader, and gives up on a reader that does not read.

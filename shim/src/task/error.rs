@@ -112,6 +112,11 @@ pub enum TaskError {
 }
 
 impl TaskError {
+    /// Whether what is meant is not there, or not any more.
+    pub fn is_not_found(&self) -> bool {
+        self.code() == Code::NOT_FOUND
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,

@@ -24,16 +24,13 @@ use crate::vm::Vm;
 /// Bytes of the longest exec id.
 const MAX_EXEC_ID: usize = 256;
 
-/// Adds a process to a running container. It is made in the guest by Start.
+/// Adds a process to a container, which may yet have to start. It is made in the guest by Start.
 ///
 /// # Errors
-/// When the container does not run, the id is taken or the process is not described right.
+/// When the container does not run any more or is paused, the id is taken or the process is not described right.
 pub fn add(pod: &Pod, request: ExecProcessRequest) -> Result<(), TaskError> {
     let container = pod.container(&request.id)?;
-    match container.init.phase() {
-        Phase::Running => {}
-        phase => return Err(TaskError::WrongPhase { verb: "exec in", phase: phase.name() }),
-    }
+    check_host(&container)?;
     if request.exec_id.is_empty() || request.exec_id.len() > MAX_EXEC_ID {
         return Err(TaskError::Request("exec_id must have from 1 to 256 bytes".to_owned()));
     }
@@ -53,6 +50,14 @@ pub fn add(pod: &Pod, request: ExecProcessRequest) -> Result<(), TaskError> {
         ..TaskExecAdded::default()
     });
     Ok(())
+}
+
+/// Whether a container can have execs now.
+fn check_host(container: &Container) -> Result<(), TaskError> {
+    match container.init.phase() {
+        Phase::Created | Phase::Starting | Phase::Running => Ok(()),
+        phase => Err(TaskError::WrongPhase { verb: "exec in", phase: phase.name() }),
+    }
 }
 
 /// The process object without what names the host's security modules.
@@ -78,16 +83,22 @@ pub async fn start(pod: &Arc<Pod>, id: &str, exec_id: &str, deadline: Instant) -
     let container = pod.container(id)?;
     let process = container.process(exec_id)?;
     let vm = pod.vm()?.clone();
-    if !exec_id.is_empty() && container.init.phase() != Phase::Running {
-        return Err(TaskError::WrongPhase { verb: "exec in", phase: container.init.phase().name() });
+    if !exec_id.is_empty() {
+        check_host(&container)?;
     }
     process
         .advance(Phase::Created, Phase::Starting)
         .map_err(|phase| TaskError::WrongPhase { verb: "start", phase: phase.name() })?;
     if let Err(error) = run(pod, &vm, &container, &process, deadline).await {
-        // Whether or not it ran for a moment, it is as it was before.
         let _ = process.advance(Phase::Starting, Phase::Created);
-        process.take_early_exit();
+        if exec_id.is_empty() {
+            // The guest's init may have died of it, or the whole VM.
+            exits::apply_early_exit(pod, &container, &process);
+        } else {
+            // Whether or not it ran for a moment, it is as it was before.
+            process.take_early_exit();
+            process.give_up();
+        }
         return Err(error);
     }
     process.advance(Phase::Starting, Phase::Running).map_err(|_| TaskError::Internal("start a process"))?;
@@ -144,7 +155,10 @@ async fn prepare(
     let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
     let clients = pod.streams.clone();
     let opened = blocking("open stdio", move || streams.open(&namespace, &id, &clients)).await??;
-    let stdio = connect(vm, process, opened, deadline).await?;
+    let mut stdio = connect(vm, process, opened, deadline).await?;
+    if let Some(size) = process.size() {
+        (stdio.width, stdio.height) = (size.width, size.height);
+    }
     let request = api::ExecProcessRequest {
         container_id: container.id.to_string(),
         exec_id: process.exec_id.clone(),

@@ -1,5 +1,6 @@
 //! One process of a container: its phase, published at every change, and its standard streams.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -21,6 +22,11 @@ impl Exit {
     /// Of a process that was killed from outside its guest.
     pub fn killed() -> Self {
         Self { status: 137, at: SystemTime::now() }
+    }
+
+    /// Of a process that never ran; containerd's number for an exit that nobody knows.
+    fn unknown() -> Self {
+        Self { status: 255, at: SystemTime::now() }
     }
 }
 
@@ -80,7 +86,19 @@ pub struct Process {
     pub streams: Streams,
     phase: watch::Sender<Phase>,
     early_exit: Mutex<Option<Exit>>,
+    /// Start has failed, and so nobody need wait for an exit.
+    never_ran: AtomicBool,
+    size: Mutex<Option<Size>>,
     io: Mutex<Io>,
+}
+
+/// Columns and rows of a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
 }
 
 #[derive(Debug, Default)]
@@ -108,6 +126,8 @@ impl Process {
             streams,
             phase: watch::Sender::new(phase),
             early_exit: Mutex::default(),
+            never_ran: AtomicBool::default(),
+            size: Mutex::default(),
             io: Mutex::default(),
         }
     }
@@ -158,16 +178,42 @@ impl Process {
         lock(&self.early_exit).take()
     }
 
-    /// Waits for its exit.
+    /// Says that its start has failed for good: whoever waits for its exit waits in vain.
+    pub fn give_up(&self) {
+        self.never_ran.store(true, Ordering::Relaxed);
+        self.phase.send_modify(|_| {});
+    }
+
+    /// Waits for its exit, which a process whose start has failed never has.
     pub async fn exited(&self) -> Exit {
         let mut phase = self.phase.subscribe();
         loop {
-            if let Phase::Stopped(exit) = *phase.borrow_and_update() {
-                return exit;
+            match *phase.borrow_and_update() {
+                Phase::Stopped(exit) => return exit,
+                Phase::Created if self.never_ran.load(Ordering::Relaxed) => return Exit::unknown(),
+                _ => {}
             }
             // The sender lives in `self`, so the channel cannot close.
             let _ = phase.changed().await;
         }
+    }
+
+    /// Waits until it is neither being created nor being started.
+    pub async fn settled(&self) -> Phase {
+        let mut phase = self.phase.subscribe();
+        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Creating | Phase::Starting)).await;
+        // The sender lives in `self`, so the channel cannot close.
+        settled.map_or_else(|_| self.phase(), |phase| *phase)
+    }
+
+    /// Notes the size that its terminal is to have.
+    pub fn set_size(&self, size: Size) {
+        *lock(&self.size) = Some(size);
+    }
+
+    /// The size that somebody has given its terminal.
+    pub fn size(&self) -> Option<Size> {
+        *lock(&self.size)
     }
 
     /// Takes over what was opened for its streams.
@@ -279,6 +325,17 @@ mod tests {
         kept.stdin_writer = Some(Writer::Fifo(tempfile::tempfile().unwrap()));
         process.connect(kept, Vec::new());
         assert!(lock(&process.io).kept.stdin_writer.is_none());
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_process_that_never_ran() {
+        let process = process(Phase::Created);
+        let (exit, ()) = tokio::join!(process.exited(), async { process.give_up() });
+        assert_eq!(exit.status, 255);
+        // It may be started again, and then has an exit.
+        process.advance(Phase::Created, Phase::Running).unwrap();
+        process.end(Exit::killed());
+        assert_eq!(process.exited().await.status, 137);
     }
 
     #[tokio::test]

@@ -18,23 +18,21 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use ttrpc::asynchronous::{Service as Dispatch, TtrpcContext};
 use vmshim_protocol::agent as api;
 
 use super::container::Container;
 use super::pod::Pod;
-use super::process::{Phase, Process};
+use super::process::{Phase, Process, Size};
 use super::{TaskError, create, delete, exec, signal};
+use crate::oci::resources_for_guest;
 
 const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
 
 /// What metrics are encoded as. Consumers go by this, not by the host's cgroup version.
 pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
-
-/// How long Shutdown keeps its caller. containerd gives it three seconds.
-const SHUTDOWN_ANSWER: Duration = Duration::from_millis(2500);
 
 /// How long the guest may take to list processes.
 const LIST_LIMIT: Duration = Duration::from_secs(2);
@@ -88,24 +86,21 @@ impl Service {
 
     /// Freezes or thaws a container: a phase is left before the guest is asked, and only the right one.
     async fn change_phase(
-        &self,
-        context: &TtrpcContext,
-        id: &str,
-        from: Phase,
-        to: Phase,
-        verb: &'static str,
+        pod: Arc<Pod>,
+        id: String,
+        (from, to, verb): (Phase, Phase, &'static str),
+        deadline: Instant,
     ) -> Result<(), TaskError> {
-        let container = self.pod.container(id)?;
+        let container = pod.container(&id)?;
         if container.init.phase() != from {
             return Err(TaskError::WrongPhase { verb, phase: container.init.phase().name() });
         }
-        let vm = self.pod.vm()?;
-        let request = api::ContainerRequest { container_id: id.to_owned(), ..Default::default() };
-        let deadline = self.pod.deadline(context.timeout_nano);
+        let vm = pod.vm()?;
+        let request = api::ContainerRequest { container_id: id, ..Default::default() };
         if to == Phase::Paused {
-            self.pod.in_guest(vm, vm.agent().pause_container(&request, deadline)).await?;
+            pod.in_guest(vm, vm.agent().pause_container(&request, deadline)).await?;
         } else {
-            self.pod.in_guest(vm, vm.agent().resume_container(&request, deadline)).await?;
+            pod.in_guest(vm, vm.agent().resume_container(&request, deadline)).await?;
         }
         container.init.advance(from, to).map_err(|phase| TaskError::WrongPhase { verb, phase: phase.name() })
     }
@@ -124,16 +119,20 @@ impl Task for Service {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let (container, process) = self.process(&request.id, &request.exec_id)?;
         let phase = process.phase();
+        let is_exec = !process.exec_id.is_empty();
         let status = match phase {
             Phase::Creating | Phase::Created => Status::CREATED,
+            // An exec is frozen with its container.
+            Phase::Starting | Phase::Running if container.init.phase() == Phase::Paused => Status::PAUSED,
             Phase::Starting | Phase::Running => Status::RUNNING,
             Phase::Paused => Status::PAUSED,
             Phase::Stopped(_) => Status::STOPPED,
         };
+        let has_pid = !(is_exec && status == Status::CREATED);
         let mut response = StateResponse {
-            id: container.id.to_string(),
+            id: if is_exec { process.exec_id.clone() } else { container.id.to_string() },
             bundle: container.bundle.to_string_lossy().into_owned(),
-            pid: self.pod.task_pid(),
+            pid: if has_pid { self.pod.task_pid() } else { 0 },
             status: status.into(),
             stdin: process.streams.stdin.clone(),
             stdout: process.streams.stdout.clone(),
@@ -200,13 +199,17 @@ impl Task for Service {
     }
 
     async fn pause(&self, context: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.change_phase(context, &request.id, Phase::Running, Phase::Paused, "pause").await?;
+        let (pod, deadline) = (self.pod.clone(), self.pod.deadline(context.timeout_nano));
+        let phases = (Phase::Running, Phase::Paused, "pause");
+        detached("pause", Self::change_phase(pod, request.id.clone(), phases, deadline)).await?;
         self.pod.events.publish(&TaskPaused { container_id: request.id, ..TaskPaused::default() });
         Ok(Empty::default())
     }
 
     async fn resume(&self, context: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.change_phase(context, &request.id, Phase::Paused, Phase::Running, "resume").await?;
+        let (pod, deadline) = (self.pod.clone(), self.pod.deadline(context.timeout_nano));
+        let phases = (Phase::Paused, Phase::Running, "resume");
+        detached("resume", Self::change_phase(pod, request.id.clone(), phases, deadline)).await?;
         self.pod.events.publish(&TaskResumed { container_id: request.id, ..TaskResumed::default() });
         Ok(Empty::default())
     }
@@ -216,7 +219,9 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        signal::kill(&self.pod, &request.id, &request.exec_id, request.signal, request.all).await?;
+        // As with runc, an exec is signalled alone.
+        let all = request.all && request.exec_id.is_empty();
+        signal::kill(&self.pod, &request.id, &request.exec_id, request.signal, all).await?;
         Ok(Empty::default())
     }
 
@@ -227,8 +232,17 @@ impl Task for Service {
 
     async fn resize_pty(&self, context: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         let (_, process) = self.process(&request.id, &request.exec_id)?;
-        if !process.streams.terminal || !process.phase().is_live() && process.phase() != Phase::Created {
+        if !process.streams.terminal {
             return Ok(Empty::default());
+        }
+        process.set_size(Size { width: request.width, height: request.height });
+        let deadline = self.pod.deadline(context.timeout_nano);
+        match timeout_at(deadline, process.settled()).await {
+            Ok(Phase::Stopped(_)) => return Ok(Empty::default()),
+            // The guest hears of the process, and of its terminal's size, when it starts.
+            Ok(Phase::Created) if !request.exec_id.is_empty() => return Ok(Empty::default()),
+            Ok(_) => {}
+            Err(_) => return Err(TaskError::Deadline("resizing the terminal").into()),
         }
         let vm = self.pod.vm()?;
         let size = api::ResizePtyRequest {
@@ -238,7 +252,6 @@ impl Task for Service {
             height: request.height,
             ..Default::default()
         };
-        let deadline = self.pod.deadline(context.timeout_nano);
         self.pod.in_guest(vm, vm.agent().resize_pty(&size, deadline)).await?;
         Ok(Empty::default())
     }
@@ -259,7 +272,8 @@ impl Task for Service {
         let vm = self.pod.vm()?;
         let update = api::UpdateContainerRequest {
             container_id: request.id,
-            resources: request.resources.into_option().unwrap_or_default().value,
+            resources: resources_for_guest(&request.resources.into_option().unwrap_or_default().value)
+                .map_err(TaskError::from)?,
             ..Default::default()
         };
         let deadline = self.pod.deadline(context.timeout_nano);
@@ -297,18 +311,10 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        let others = self.pod.containers().iter().any(|container| container.id.as_str() != request.id);
         let sandbox_lives = self.pod.sandbox.is_running() && request.id != self.pod.id.as_str();
-        if others || sandbox_lives {
-            return Ok(Empty::default());
+        if self.pod.containers().is_empty() && !sandbox_lives {
+            self.pod.request_shutdown();
         }
-        let pod = self.pod.clone();
-        let ending = tokio::spawn(async move {
-            delete::hear_out(&pod).await;
-            pod.request_shutdown();
-        });
-        // Whoever asks has no patience for output that is long in coming; it is waited for all the same.
-        let _ = tokio::time::timeout(SHUTDOWN_ANSWER, ending).await;
         Ok(Empty::default())
     }
 }

@@ -54,8 +54,15 @@ async fn connect_each(
         (Err(error), Err(_)) => (None, None, Some(error)),
     };
     let number = |stream: &Option<(Port, Closed)>| stream.as_ref().map_or(0, |(port, _)| port.0);
-    let mut stdio =
-        api::Stdio { stdout: number(&stdout), stderr: number(&stderr), terminal, ..Default::default() };
+    let owner = &process.streams.owner;
+    let mut stdio = api::Stdio {
+        stdout: number(&stdout),
+        stderr: number(&stderr),
+        terminal,
+        uid: owner.uid,
+        gid: owner.gid,
+        ..Default::default()
+    };
     process.connect(opened.kept, stdout.into_iter().chain(stderr).collect());
     if failure.is_none() && process.streams.has_late_input() {
         match vm.reserve() {

@@ -36,6 +36,16 @@ struct Script {
     hang_on_signals: bool,
     /// Reported before StartProcess is answered.
     exit_before_start_is_answered: Option<mpsc::UnboundedSender<api::Event>>,
+    start: Start,
+}
+
+/// What StartProcess comes to.
+#[derive(Default, PartialEq)]
+enum Start {
+    #[default]
+    Succeeds,
+    Fails,
+    Hangs,
 }
 
 #[async_trait]
@@ -50,7 +60,11 @@ impl api::Agent for Script {
             // The report travels on another stream of the same connection; let it go first.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Ok(api::ProcessCreated::default())
+        match self.start {
+            Start::Succeeds => Ok(api::ProcessCreated::default()),
+            Start::Fails => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::UNKNOWN, "no"))),
+            Start::Hangs => std::future::pending().await,
+        }
     }
 
     async fn exec_process(
@@ -255,7 +269,6 @@ async fn with_the_vm_everything_ends_and_the_next_call_says_why() {
 #[tokio::test]
 async fn calls_in_the_wrong_phase_are_refused_by_name() {
     let stage = stage(|_, _| {}).await;
-    assert_eq!(stage.add_exec("e").unwrap_err().to_string(), "cannot exec in a created process");
     stage.start("").await.unwrap();
     assert_eq!(stage.start("").await.unwrap_err().to_string(), "cannot start a running process");
     assert_eq!(stage.delete("").await.unwrap_err().to_string(), "cannot delete a running process");
@@ -270,4 +283,56 @@ async fn calls_in_the_wrong_phase_are_refused_by_name() {
     stage.exit_of("").await;
     assert!(matches!(signal::kill(&stage.pod, "c", "", 9, false).await, Err(TaskError::Finished)));
     assert_eq!(stage.start("e").await.unwrap_err().to_string(), "cannot exec in a stopped process");
+}
+
+#[tokio::test]
+async fn a_container_that_waits_for_its_start_takes_execs() {
+    let stage = stage(|_, _| {}).await;
+    stage.add_exec("e").unwrap();
+    stage.start("e").await.unwrap();
+    assert_eq!(stage.process("").phase(), Phase::Created);
+    assert_eq!(stage.published().await, ["/tasks/exec-added", "/tasks/exec-started"]);
+}
+
+#[tokio::test]
+async fn the_vms_end_during_start_is_the_inits_end() {
+    let stage = stage(|script, _| script.start = Start::Hangs).await;
+    let (started, ()) = tokio::join!(stage.start(""), async {
+        while stage.process("").phase() != Phase::Starting {
+            tokio::task::yield_now().await;
+        }
+        stage.end.send_replace(Some(Arc::new(End::from_outcome(Outcome::Panicked, Vec::new()))));
+    });
+    assert!(matches!(started, Err(TaskError::VmEnded(_))));
+    assert_eq!(stage.exit_of("").await.status, 137);
+    assert_eq!(stage.delete("").await.unwrap().status, 137);
+    assert_eq!(stage.published().await, ["/tasks/exit c 137", "/tasks/delete"]);
+}
+
+#[tokio::test]
+async fn an_init_that_dies_of_its_start_has_exited() {
+    for before_the_answer in [true, false] {
+        let stage = stage(|script, guest| {
+            script.start = Start::Fails;
+            script.exit_before_start_is_answered = before_the_answer.then(|| guest.clone());
+        })
+        .await;
+        stage.start("").await.unwrap_err();
+        if !before_the_answer {
+            stage.guest.send(exited("c", "", 0)).unwrap();
+        }
+        assert_eq!(stage.exit_of("").await.status, 0);
+        stage.delete("").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nobody_waits_for_an_exec_that_cannot_start() {
+    let stage = stage(|script, _| script.start = Start::Fails).await;
+    stage.add_exec("e").unwrap();
+    let (exit, started) = tokio::join!(stage.exit_of("e"), stage.start("e"));
+    assert!(started.is_err());
+    assert_eq!(exit.status, 255);
+    stage.delete("e").await.unwrap();
+    assert_eq!(stage.published().await, ["/tasks/exec-added"]);
 }

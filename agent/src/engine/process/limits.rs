@@ -126,7 +126,8 @@ pub fn set_affinity(list: &str, field: &str) -> Result<()> {
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).doing(|| format!("set {field}"))
 }
 
-fn parse_cpus(list: &str) -> Option<Vec<usize>> {
+/// The numbers of a list such as "0-3,7".
+pub fn parse_cpus(list: &str) -> Option<Vec<usize>> {
     const MOST: usize = 1024;
     let mut cpus = Vec::new();
     for part in list.split(',') {

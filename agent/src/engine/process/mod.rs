@@ -6,7 +6,7 @@ mod program;
 pub mod terminal;
 mod user;
 
-pub use limits::set_affinity;
+pub use limits::{parse_cpus, set_affinity};
 pub use user::give_stream;
 
 use super::error::{Context, Error, Result};
