@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use vmshim_tests::cri::{
@@ -13,6 +14,7 @@ use vmshim_tests::cri::{
 };
 
 use crate::fixture::{BUSYBOX, Host, host};
+use crate::kill::{processes, wait_for};
 
 /// A pod of the tests.
 pub struct Pod {
@@ -207,7 +209,10 @@ fn two_containers_share_a_pod(handler: &str) {
     pod.cri.call::<Empty>("UpdateContainerResources", &update).unwrap();
     assert_eq!(pod.exec(&first, "cat /sys/fs/cgroup/memory.max"), (64 << 20).to_string());
 
-    // The pod outlives its containers, one and all.
+    if handler == "vmshim" {
+        pausing_stops_the_whole_pod(&host, &pod, &first);
+    }
+    // The pod outlives its containers, one and all; to be killed, one needs a pod that goes on.
     pod.stop(&first);
     assert_eq!((pod.state(&first), pod.state(&second)), (ContainerState::EXITED, ContainerState::RUNNING));
     pod.call("RemoveContainer", &first);
@@ -217,6 +222,29 @@ fn two_containers_share_a_pod(handler: &str) {
     assert_eq!(pod.exec(&again, "hostname"), "pod-of-two");
     pod.end();
     host.assert_nothing_left();
+}
+
+/// With the container that stands for a pod all of the pod is paused; comes back with it paused.
+fn pausing_stops_the_whole_pod(host: &Host, pod: &Pod, member: &str) {
+    let task = |verb: &str| host.ctr_ok(["-n", "k8s.io", "task", verb, &pod.id]).unwrap();
+    let vmm = processes("vmshim-vmm")[0];
+    let ticks = || {
+        let stat = fs::read_to_string(format!("/proc/{vmm}/stat")).unwrap();
+        let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+        fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum::<u64>()
+    };
+    let busy = pod.exec(member, "while :; do :; done >/dev/null 2>&1 & echo $!");
+    let begin = ticks();
+    wait_for("a busy guest", Duration::from_secs(60), || ticks() > begin + 20);
+    task("pause");
+    let begin = ticks();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(ticks() - begin < 5, "{} ticks of a paused guest", ticks() - begin);
+    let refused = format!("{:#}", pod.attempt_exec(member, "true").unwrap_err());
+    assert!(refused.contains("paused"), "{refused}");
+    task("resume");
+    pod.exec(member, &format!("kill {busy}"));
+    task("pause");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -27,6 +28,7 @@ pub struct Container {
     sockets: Mutex<Vec<PathBuf>>,
     hooks: Mutex<Option<Hooks>>,
     annotations: Mutex<BTreeMap<String, String>>,
+    stands_for_pod: AtomicBool,
     removed: watch::Sender<bool>,
     deleting: Mutex<bool>,
 }
@@ -62,6 +64,7 @@ impl Container {
             sockets: Mutex::default(),
             hooks: Mutex::default(),
             annotations: Mutex::default(),
+            stands_for_pod: AtomicBool::default(),
             removed: watch::Sender::new(false),
             deleting: Mutex::default(),
         }
@@ -168,6 +171,16 @@ impl Container {
     /// The spec's annotations.
     pub fn annotations(&self) -> BTreeMap<String, String> {
         lock(&self.annotations).clone()
+    }
+
+    /// Notes that it is the one that stands for its pod.
+    pub fn set_stands_for_pod(&self) {
+        self.stands_for_pod.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is the one that stands for its pod.
+    pub fn stands_for_pod(&self) -> bool {
+        self.stands_for_pod.load(Ordering::Relaxed)
     }
 
     /// Says that nothing of the container is left in the guest or on the host.

@@ -85,6 +85,9 @@ async fn build(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let mut spec = Spec::read(&container.bundle)?;
+    if spec.is_sandbox() {
+        container.set_stands_for_pod();
+    }
     let place = match spec.sandbox_id() {
         _ if pod.sandbox.is_there() => Place::Sandboxed,
         Some(_) if container.id != pod.id => Place::Member { sandbox: &pod.id, pid: pod.task_pid() },

@@ -70,6 +70,9 @@ pub enum TaskError {
         /// What the sandbox is.
         stage: &'static str,
     },
+    /// Its vCPUs are stopped.
+    #[error("the whole pod is paused; resume it first, by the container that stands for it")]
+    PodPaused,
     /// The VM is no more.
     #[error("the pod's VM has ended: {0}")]
     VmEnded(String),
@@ -121,9 +124,11 @@ impl TaskError {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
             Self::ContainerExists(_) | Self::ExecExists(_) | Self::SandboxExists => Code::ALREADY_EXISTS,
-            Self::WrongPhase { .. } | Self::WrongStage { .. } | Self::NoSandbox | Self::VmEnded(_) => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::WrongPhase { .. }
+            | Self::WrongStage { .. }
+            | Self::NoSandbox
+            | Self::PodPaused
+            | Self::VmEnded(_) => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Request(_) | Self::Name(_) | Self::Spec(_) | Self::Options(_) => Code::INVALID_ARGUMENT,
             Self::Deadline(_) | Self::Control(ControlError::TimedOut) | Self::Agent(AgentError::TimedOut) => {

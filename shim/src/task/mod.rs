@@ -12,6 +12,7 @@ mod error;
 mod exec;
 mod exits;
 mod hooks;
+mod pause;
 mod pod;
 mod process;
 mod rootfs;

@@ -12,6 +12,7 @@ use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
+use super::pause::Stopped;
 use super::sockets::MOST_PENDING;
 use crate::agent_client::AgentError;
 use crate::bootstrap::Serving;
@@ -105,6 +106,8 @@ pub struct Pod {
     pub streams: Arc<Waiting>,
     /// What the guest has of the host's network.
     pub host_network: HostNetwork,
+    /// Whether its vCPUs are stopped.
+    pub stopped: Stopped,
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
@@ -142,6 +145,7 @@ impl Pod {
             reaper: reaper.clone(),
             streams: Arc::default(),
             host_network: HostNetwork::new(settings.runtime.host_network),
+            stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
             network: OnceLock::new(),
@@ -243,12 +247,15 @@ impl Pod {
     /// Awaits a call to the guest, which the VM's end cuts short.
     ///
     /// # Errors
-    /// The call's own, or why the VM ended.
+    /// The call's own, why the VM ended, or that nothing in it runs.
     pub async fn in_guest<T>(
         &self,
         vm: &Vm,
         call: impl Future<Output = Result<T, AgentError>>,
     ) -> Result<T, TaskError> {
+        if self.stopped.is_on() {
+            return Err(TaskError::PodPaused);
+        }
         tokio::select! {
             biased;
             result = call => match result {
@@ -348,6 +355,7 @@ impl Pod {
             reaper: Reaper::default(),
             streams: Arc::default(),
             host_network: HostNetwork::new(false),
+            stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
             network: OnceLock::new(),

@@ -25,7 +25,7 @@ use vmshim_protocol::agent as api;
 use super::container::Container;
 use super::pod::Pod;
 use super::process::{Phase, Process, Size};
-use super::{TaskError, create, delete, exec, signal};
+use super::{TaskError, create, delete, exec, pause, signal};
 use crate::oci::resources_for_guest;
 
 const SERVICE_V3: &str = "containerd.task.v3.Task";
@@ -82,27 +82,6 @@ impl Service {
             process_details(&exec_id, Some(process.pid))
         });
         Some(details.collect::<Vec<_>>()).filter(|details| !details.is_empty())
-    }
-
-    /// Freezes or thaws a container: a phase is left before the guest is asked, and only the right one.
-    async fn change_phase(
-        pod: Arc<Pod>,
-        id: String,
-        (from, to, verb): (Phase, Phase, &'static str),
-        deadline: Instant,
-    ) -> Result<(), TaskError> {
-        let container = pod.container(&id)?;
-        if container.init.phase() != from {
-            return Err(TaskError::WrongPhase { verb, phase: container.init.phase().name() });
-        }
-        let vm = pod.vm()?;
-        let request = api::ContainerRequest { container_id: id, ..Default::default() };
-        if to == Phase::Paused {
-            pod.in_guest(vm, vm.agent().pause_container(&request, deadline)).await?;
-        } else {
-            pod.in_guest(vm, vm.agent().resume_container(&request, deadline)).await?;
-        }
-        container.init.advance(from, to).map_err(|phase| TaskError::WrongPhase { verb, phase: phase.name() })
     }
 }
 
@@ -200,16 +179,16 @@ impl Task for Service {
 
     async fn pause(&self, context: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let (pod, deadline) = (self.pod.clone(), self.pod.deadline(context.timeout_nano));
-        let phases = (Phase::Running, Phase::Paused, "pause");
-        detached("pause", Self::change_phase(pod, request.id.clone(), phases, deadline)).await?;
+        let id = request.id.clone();
+        detached("pause", async move { pause::pause(&pod, &id, deadline).await }).await?;
         self.pod.events.publish(&TaskPaused { container_id: request.id, ..TaskPaused::default() });
         Ok(Empty::default())
     }
 
     async fn resume(&self, context: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let (pod, deadline) = (self.pod.clone(), self.pod.deadline(context.timeout_nano));
-        let phases = (Phase::Paused, Phase::Running, "resume");
-        detached("resume", Self::change_phase(pod, request.id.clone(), phases, deadline)).await?;
+        let id = request.id.clone();
+        detached("resume", async move { pause::resume(&pod, &id, deadline).await }).await?;
         self.pod.events.publish(&TaskResumed { container_id: request.id, ..TaskResumed::default() });
         Ok(Empty::default())
     }

@@ -9,6 +9,7 @@ use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
+use super::pause;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use crate::agent_client::AgentError;
@@ -50,6 +51,10 @@ pub async fn kill(pod: &Arc<Pod>, id: &str, exec_id: &str, signal: u32, all: boo
         // The init's exit is known and waits for those of the execs.
         _ if exec_id.is_empty() && container.is_exit_held() => return Err(TaskError::Finished),
         _ => {}
+    }
+    if signal == SIGKILL {
+        // Nobody dies while nothing runs.
+        pause::resume_pod(pod, Instant::now() + GRACE).await?;
     }
     let vm = pod.vm()?.clone();
     let request = api::SignalProcessRequest {

@@ -171,6 +171,22 @@ impl Vm {
         self.request(Command::AttachNic { slot }, &[(FdRole::Tap, tap)], deadline).await
     }
 
+    /// Stops the vCPUs.
+    ///
+    /// # Errors
+    /// When the VMM does not answer in time, or is gone.
+    pub async fn pause(&self, deadline: Instant) -> Result<(), ControlError> {
+        self.request(Command::Pause, &[], deadline).await
+    }
+
+    /// Lets the vCPUs run on.
+    ///
+    /// # Errors
+    /// When the VMM does not answer in time, or is gone.
+    pub async fn resume(&self, deadline: Instant) -> Result<(), ControlError> {
+        self.request(Command::Resume, &[], deadline).await
+    }
+
     /// Asks a VMM that has taken its configuration, so that a refusal of that is what the caller hears of.
     async fn request(
         &self,
