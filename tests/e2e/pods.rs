@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use vmshim_tests::cri::{
     ContainerConfig, ContainerRequest, ContainerState, ContainerStatsResponse, ContainerStatusResponse,
     CreateContainerRequest, CreateContainerResponse, Cri, Empty, ExecSyncRequest, ExecSyncResponse,
@@ -220,6 +221,7 @@ fn two_containers_share_a_pod(handler: &str) {
     let again = pod.started("again", FOREVER, &[]);
     assert_eq!(pod.exec(&again, "cat /dev/shm/word"), "shared");
     assert_eq!(pod.exec(&again, "hostname"), "pod-of-two");
+    volumes_are_shared_memory(&pod);
     pod.end();
     host.assert_nothing_left();
 }
@@ -245,6 +247,45 @@ fn pausing_stops_the_whole_pod(host: &Host, pod: &Pod, member: &str) {
     task("resume");
     pod.exec(member, &format!("kill {busy}"));
     task("pause");
+}
+
+/// A medium of memory that is mounted where the pod's own shared memory would be.
+fn volumes_are_shared_memory(pod: &Pod) {
+    let memory = Memory::new();
+    fs::write(memory.path().join("before"), "before").unwrap();
+    let [third, fourth] =
+        ["third", "fourth"].map(|name| pod.started(name, FOREVER, &[(memory.path(), "/dev/shm")]));
+    pod.exec(&third, "echo volume > /dev/shm/word");
+    assert_eq!(pod.exec(&fourth, "cat /dev/shm/word; ls /dev/shm"), "volume\nbefore\nword");
+    assert_eq!(fs::read_to_string(memory.path().join("word")).unwrap(), "volume\n");
+    let full = pod.exec(&fourth, "dd if=/dev/zero of=/dev/shm/big bs=64k count=32 2>&1; rm /dev/shm/big");
+    assert!(full.contains("No space left"), "{full}");
+    for id in [third, fourth] {
+        pod.stop(&id);
+        pod.call("RemoveContainer", &id);
+    }
+}
+
+/// A tmpfs of the host that holds 1 MiB, as the kubelet makes them.
+struct Memory(tempfile::TempDir);
+
+impl Memory {
+    fn new() -> Self {
+        let memory = Self(tempfile::tempdir().unwrap());
+        mount(Some("none"), memory.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+        memory
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // The test's own census tells if it stays.
+        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+    }
 }
 
 #[test]

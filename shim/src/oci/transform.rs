@@ -140,49 +140,45 @@ fn shared_source(id: &Name, name: &str) -> String {
     format!("{SOURCE_PREFIX}{id}/mounts/{name}")
 }
 
-/// What is at `/dev/shm`. It cannot be shared with the host's processes, but with the pod's containers.
+/// The memory that a pod's containers share at `/dev/shm`, which is the guest's. Whatever else is mounted there is a volume
+/// as any other.
 struct SharedMemory {
-    /// containerd's name for the pod's, where the container is in a pod.
-    sandbox: Option<String>,
+    /// Where containerd has the pod's on the host, from the directory of all pods on; none where the container is in none.
+    pods: Option<PathBuf>,
+    /// The ipc namespace is the host's, and so is the memory; the guest is its host.
+    hosts: bool,
     /// A tmpfs at `/dev/shm` is meant to be the pod's, since the ipc namespace is.
     joined: bool,
 }
 
 impl SharedMemory {
     fn of(spec: &Spec, place: Place<'_>) -> Self {
-        let ipc = |namespace: &Namespace| namespace.kind == "ipc" && !namespace.path.is_empty();
+        let ipc = spec.linux.namespaces.iter().find(|namespace| namespace.kind == "ipc");
         Self {
-            sandbox: spec.sandbox_id().map(str::to_owned),
-            joined: matches!(place, Place::Sandboxed) && spec.linux.namespaces.iter().any(ipc),
+            pods: spec.sandbox_id().map(|id| Path::new("sandboxes").join(id).join("shm")),
+            hosts: ipc.is_none(),
+            joined: matches!(place, Place::Sandboxed) && ipc.is_some_and(|ipc| !ipc.path.is_empty()),
         }
     }
 
-    /// Rewrites a mount at `/dev/shm`; false for any other.
+    /// Rewrites the mount of the pod's; false for any other.
     fn transform(&self, mount: &mut Mount) -> bool {
-        if Path::new(&mount.destination) != Path::new("/dev/shm") {
+        if Path::new(&mount.destination) != Path::new("/dev/shm") || !self.is_pods(mount) {
             return false;
         }
-        if self.is_pods(mount) {
-            mount.kind = "bind".to_owned();
-            mount.source = POD_SHARED_MEMORY.to_owned();
-            mount.options = ["rbind", "nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
-        } else if is_bind(mount) {
-            let sizes: &[&str] = if self.sandbox.is_some() { &[] } else { &["size=65536k"] };
-            mount.kind = "tmpfs".to_owned();
-            mount.source = "shm".to_owned();
-            let options = ["nosuid", "noexec", "nodev", "mode=1777"].iter().chain(sizes);
-            mount.options = options.map(|option| (*option).to_owned()).collect();
-        }
+        mount.kind = "bind".to_owned();
+        mount.source = POD_SHARED_MEMORY.to_owned();
+        mount.options = ["rbind", "nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
         true
     }
 
     fn is_pods(&self, mount: &Mount) -> bool {
-        let Some(sandbox) = &self.sandbox else { return self.joined && mount.kind == "tmpfs" };
+        if !is_bind(mount) {
+            return self.joined && mount.kind == "tmpfs";
+        }
+        let Some(pods) = &self.pods else { return false };
         let source = Path::new(&mount.source);
-        // The host's, for a pod that shares the host's ipc namespace; the guest is its host. A volume of the user's
-        // that is mounted here is another one.
-        let pods = source == Path::new("/dev/shm") || source.ends_with(Path::new(sandbox).join("shm"));
-        if is_bind(mount) { pods } else { self.joined && mount.kind == "tmpfs" }
+        source.ends_with(pods) || self.hosts && source == Path::new("/dev/shm")
     }
 }
 
@@ -385,13 +381,11 @@ mod tests {
             { "destination": "/proc", "type": "proc", "source": "proc" },
             { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro", "noexec"] },
             { "destination": "/etc/hosts", "source": "hosts", "options": ["bind", "rro"] },
-            { "destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind"] },
         ])))
         .unwrap();
         assert_eq!(spec["mounts"][0]["source"], "proc");
         assert_eq!(spec["mounts"][1]["source"], "vmshim-shared:c1/mounts/0");
         assert_eq!(spec["mounts"][2]["source"], "vmshim-shared:c1/mounts/1");
-        assert_eq!(spec["mounts"][3]["type"], "tmpfs");
         assert_eq!(
             binds,
             [
@@ -613,24 +607,35 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_is_the_pods_or_the_containers_own() {
+    fn shared_memory_is_the_pods_or_a_volume() {
         let bind = |source: &str| json!({ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind", "ro"] });
         let tmpfs =
             json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=1k"] });
         let cri = json!({ "io.kubernetes.cri.sandbox-id": "pod" });
+        let (hosts, own) = (json!([]), json!([{ "type": "ipc" }]));
         let joined = json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]);
-        let sandboxed = Place::Sandboxed;
-        for source in ["/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm", "/dev/shm"] {
-            let mount = shared_memory(bind(source), cri.clone(), json!([]), Place::Alone);
+        let alone = Place::Alone;
+        let pods = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/pod/shm";
+        for (source, ipc) in [(pods, &own), (pods, &hosts), ("/dev/shm", &hosts)] {
+            let mount = shared_memory(bind(source), cri.clone(), ipc.clone(), alone);
             assert_eq!((&mount["type"], &mount["source"]), (&"bind".into(), &"/dev/shm".into()));
         }
-        let volume = shared_memory(bind("/var/lib/kubelet/pods/x/shm"), cri, json!([]), Place::Alone);
-        assert_eq!(volume["options"], json!(["nosuid", "noexec", "nodev", "mode=1777"]));
-        let shared = shared_memory(tmpfs.clone(), json!({}), joined.clone(), sandboxed);
+        let volume = "vmshim-shared:c1/mounts/0";
+        for (source, annotations, ipc) in [
+            ("/var/lib/kubelet/pods/x/volumes/kubernetes.io~empty-dir/shm", &cri, &own),
+            ("/srv/pod/shm", &cri, &own),
+            ("/dev/shm", &cri, &own),
+            ("/dev/shm", &json!({}), &hosts),
+            ("/srv", &json!({}), &own),
+        ] {
+            let mount = shared_memory(bind(source), annotations.clone(), ipc.clone(), alone);
+            assert_eq!((&mount["source"], &mount["options"]), (&volume.into(), &json!(["rbind", "ro"])));
+        }
+        let sandboxed = Place::Sandboxed;
+        let shared = shared_memory(tmpfs.clone(), json!({}), joined, sandboxed);
         assert_eq!(shared["source"], "/dev/shm");
         let private = shared_memory(tmpfs.clone(), json!({}), json!([]), sandboxed);
         assert_eq!(private, tmpfs);
-        assert_eq!(shared_memory(bind("/srv"), json!({}), json!([]), Place::Alone)["type"], "tmpfs");
     }
 
     proptest! {
