@@ -95,6 +95,8 @@ async fn handle_signals(pod: Arc<Pod>, reaper: Reaper, signals: AsyncFd<Signals>
     loop {
         match next_signal(&signals).await {
             Some(Signal::SIGCHLD) => reaper.reap(),
+            // containerd's own shims write their stacks to the log then; it must at least not end the pod.
+            Some(Signal::SIGUSR1) => state(&pod).iter().for_each(|line| log::info!("{line}")),
             Some(signal) => {
                 log::info!("the shim ends on {}", signal.as_str());
                 pod.request_shutdown();
@@ -102,6 +104,22 @@ async fn handle_signals(pod: Arc<Pod>, reaper: Reaper, signals: AsyncFd<Signals>
             None => {}
         }
     }
+}
+
+/// What the pod is doing, a line each: its VM and its processes.
+fn state(pod: &Pod) -> Vec<String> {
+    let mut lines = vec![match pod.vm() {
+        Ok(vm) => format!("the VM runs as process {}", vm.pid()),
+        Err(error) => format!("no VM runs: {error}"),
+    }];
+    for container in pod.containers() {
+        for process in std::iter::once(container.init.clone()).chain(container.execs()) {
+            let output = if process.is_drained() { "none" } else { "open" };
+            let (id, exec, phase) = (&container.id, &process.exec_id, process.phase().name());
+            lines.push(format!("container {id}, process {exec:?}: {phase}, streams: {output}"));
+        }
+    }
+    lines
 }
 
 async fn next_signal(signals: &AsyncFd<Signals>) -> Option<Signal> {
@@ -121,7 +139,8 @@ struct Signals(SignalFd);
 impl Signals {
     fn block() -> nix::Result<Self> {
         let mut set = SigSet::empty();
-        [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| set.add(signal));
+        let handled = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1];
+        handled.into_iter().for_each(|signal| set.add(signal));
         set.thread_block()?;
         Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
     }

@@ -5,9 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use vmshim_tests::containerd::VMSHIM;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmshim_tests::containerd::{VMSHIM, tail};
 
-use crate::fixture::{BUSYBOX, host, stderr, stdout, succeeded};
+use crate::fixture::{BUSYBOX, Host, host, stderr, stdout, succeeded};
 
 /// How long a frozen container is watched, and how often the one below would have written by then.
 const WATCHED: Duration = Duration::from_secs(2);
@@ -90,10 +92,24 @@ fn every_process_in_the_guest_is_listed() {
         let listed = host.ctr_ok(["task", "ps", &container.id]).unwrap();
         assert_eq!(listed.lines().skip(1).count(), 4, "{listed}");
         assert_eq!(listed.matches("three").count(), 1, "{listed}");
+        shim_tells_its_state(&host, container.pid());
         let pid = container.pid().to_string();
         assert!(listed.lines().skip(1).all(|line| line.starts_with(&pid)), "{listed}");
     }
     host.assert_nothing_left();
+}
+
+/// By SIGUSR1, at which containerd's own shims dump their stacks.
+fn shim_tells_its_state(host: &Host, vmm: u32) {
+    let status = fs::read_to_string(format!("/proc/{vmm}/status")).unwrap();
+    let shim = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap().trim().parse().unwrap();
+    kill(Pid::from_raw(shim), Signal::SIGUSR1).unwrap();
+    let started = std::time::Instant::now();
+    let expected = "process \\\"three\\\": running";
+    while !host.log().contains(expected) {
+        assert!(started.elapsed() < 10 * WATCHED, "{}", tail(&host.log()));
+        std::thread::sleep(WATCHED / 20);
+    }
 }
 
 #[test]
