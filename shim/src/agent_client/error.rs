@@ -7,6 +7,9 @@ use crate::logging::printable;
 /// Characters kept of a message from the guest.
 const MAX_MESSAGE: usize = 512;
 
+/// What ttrpc says in the name of a handler that it has given up.
+const GIVEN_UP: &str = "timeout";
+
 /// Why the agent did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AgentError {
@@ -39,6 +42,8 @@ pub enum GuestCode {
     FailedPrecondition,
     /// Not supported by the guest.
     Unimplemented,
+    /// Something in the guest took too long.
+    DeadlineExceeded,
     /// Out of memory, processes, space.
     ResourceExhausted,
     /// Anything else.
@@ -50,7 +55,8 @@ impl From<ttrpc::Error> for AgentError {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let code = match status.code() {
-                    Code::DEADLINE_EXCEEDED => return Self::TimedOut,
+                    Code::DEADLINE_EXCEEDED if status.message() == GIVEN_UP => return Self::TimedOut,
+                    Code::DEADLINE_EXCEEDED => GuestCode::DeadlineExceeded,
                     Code::NOT_FOUND => GuestCode::NotFound,
                     Code::ALREADY_EXISTS => GuestCode::AlreadyExists,
                     Code::INVALID_ARGUMENT => GuestCode::InvalidArgument,
@@ -91,5 +97,13 @@ mod tests {
         }
         let late = status(Code::DEADLINE_EXCEEDED, "timeout");
         assert_eq!(AgentError::from(late), AgentError::TimedOut);
+    }
+
+    #[test]
+    fn what_took_too_long_in_the_guest_is_told() {
+        let sentence = "no disk has appeared in slot 3";
+        let error = AgentError::from(status(Code::DEADLINE_EXCEEDED, sentence));
+        assert_eq!(error.to_string(), sentence);
+        assert!(matches!(error, AgentError::Refused { code: GuestCode::DeadlineExceeded, .. }));
     }
 }

@@ -156,6 +156,7 @@ fn guest_code(code: GuestCode) -> Code {
         GuestCode::AlreadyExists => Code::ALREADY_EXISTS,
         GuestCode::InvalidArgument => Code::INVALID_ARGUMENT,
         GuestCode::FailedPrecondition => Code::FAILED_PRECONDITION,
+        GuestCode::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
         GuestCode::Unimplemented => Code::UNIMPLEMENTED,
         GuestCode::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
         GuestCode::Unknown => Code::UNKNOWN,
