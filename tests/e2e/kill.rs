@@ -127,9 +127,12 @@ fn a_killed_shim_leaves_nothing() {
     let host = host();
     {
         let container = host.background(&[]);
+        let pid = format!("\"pid\":{},", container.pid());
         for shim in processes("containerd-shim-vmshim-v2") {
             kill(shim, Signal::SIGKILL).unwrap();
         }
+        let is_exit = |line: &str| line.contains("/tasks/exit ") && line.contains(&pid);
+        wait_for("the exit of the pid", Duration::from_secs(10), || host.events().lines().any(is_exit));
         wait_for("the task's end", Duration::from_secs(10), || {
             !host.ctr_ok(["task", "ls"]).unwrap().contains(&format!("{} ", container.id))
         });

@@ -41,13 +41,14 @@ pub fn delete(invocation: &Invocation) -> Result<Vec<u8>, DeleteError> {
     let bundle = invocation.bundle.clone().unwrap_or_else(|| PathBuf::from("../").join(id.as_str()));
     let group = Name::new(&grouping::group_id(&bundle, id.as_str()))?;
     let pod = PodDir::new(&state_dir(&bundle), &namespace, &group);
+    let pid = task_pid(&Journal::read(&pod.journal())?);
     // A member's own traces went with its Delete call; while the pod's shim lives, the rest is still in use.
     if id == group || !shim_lives(&pod)? {
         undo(&pod)?;
         remove_socket(invocation, &bundle, &namespace, &group);
     }
     let response = DeleteResponse {
-        pid: 0,
+        pid,
         exit_status: KILLED,
         exited_at: MessageField::some(SystemTime::now().into()),
         ..DeleteResponse::default()
@@ -62,6 +63,15 @@ fn state_dir(bundle: &Path) -> PathBuf {
         Ok(path) => PathBuf::from(path),
         Err(_) => Config::default().runtime.state_dir,
     }
+}
+
+/// The process that containerd was told of, which is the VMM; 0 where there never was one, or it is undone already.
+fn task_pid(journal: &[Entry]) -> u32 {
+    let vmm = journal.iter().find_map(|entry| match entry {
+        Entry::Process(vmm) => Some(vmm.pid),
+        _ => None,
+    });
+    vmm.unwrap_or(0)
 }
 
 fn shim_lives(pod: &PodDir) -> Result<bool, StateError> {
@@ -81,4 +91,18 @@ fn remove_socket(invocation: &Invocation, bundle: &Path, namespace: &Name, group
         .and_then(|address| address.trim().strip_prefix("unix://").map(PathBuf::from))
         .unwrap_or_else(default);
     let _ = std::fs::remove_file(path);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::ProcessId;
+
+    #[test]
+    fn the_vmms_pid_is_reported() {
+        let own = ProcessId::of_self().unwrap();
+        let journal = [Entry::Mount("/m".into()), Entry::Process(own), Entry::Shim(own)];
+        assert_eq!(task_pid(&journal), std::process::id());
+        assert_eq!(task_pid(&journal[2..]), 0);
+    }
 }
