@@ -2,9 +2,11 @@
 //! the agent untouched, also what this version has never heard of.
 
 mod limits;
+mod process;
 mod spec;
 mod transform;
 
 pub use limits::Limits;
+pub use process::for_guest as process_for_guest;
 pub use spec::{Spec, SpecError};
 pub use transform::{HostBind, HostParts, Place, for_guest, leave_read_only_to_host, resources_for_guest};

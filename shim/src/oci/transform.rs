@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use vmshim_protocol::agent::{CONTAINER_NAMESPACE, POD_NAMESPACE, POD_SHARED_MEMORY, SOCKET_SOURCE};
 use vmshim_protocol::shared::SOURCE_PREFIX;
 
+use super::process;
 use super::spec::{Device, Mount, Namespace};
 use super::{Spec, SpecError};
 use crate::hooks::Hooks;
@@ -49,9 +50,6 @@ const UNIVERSAL_DEVICES: [(i64, i64); 10] =
 
 /// The type of a mount that is a Unix socket of the host.
 const SOCKET: &str = "uds";
-/// The AppArmor profiles that containerd, nerdctl and Docker give every container.
-const DEFAULT_PROFILES: [&str; 5] =
-    ["", "unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
 
 /// What limits the host's devices, caches or network classes, and how it is called in errors.
 const HOST_RESOURCES: [(&str, &str); 4] = [
@@ -116,10 +114,8 @@ pub fn for_guest(
     localise(&mut spec.linux.resources, &mut spec.linux.rest)?;
     spec.linux.cgroups_path = format!("/{id}");
     spec.linux.devices.retain(is_universal);
-    // The host's security modules are not in the guest.
-    take_apparmor_profile(spec)?;
-    spec.process.rest.remove("selinuxLabel");
-    spec.linux.rest.remove("mountLabel");
+    process::for_guest(&mut spec.process.rest)?;
+    process::take_label(&mut spec.linux.rest, "mountLabel", "linux.mountLabel");
     let hooks = Hooks::take(&mut spec.hooks)?;
     Ok(HostParts { binds, sockets, hooks })
 }
@@ -279,20 +275,6 @@ fn transform_namespace(
         }
     }
     Ok(())
-}
-
-/// A profile that is everybody's confines the host's processes, of which a guest has none; one that somebody chose is
-/// more than can be given.
-fn take_apparmor_profile(spec: &mut Spec) -> Result<(), SpecError> {
-    let profile = spec.process.rest.remove("apparmorProfile");
-    match profile.as_ref().and_then(|profile| profile.as_str()) {
-        Some(profile) if !DEFAULT_PROFILES.contains(&profile) => {
-            let problem =
-                format!("names the profile {profile}, which a guest without AppArmor cannot enforce");
-            Err(SpecError::Field { field: "process.apparmorProfile", problem })
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Limits of a container that runs, as the JSON of an OCI `LinuxResources`, without what means the host's.
@@ -597,13 +579,6 @@ mod tests {
         assert!(error.contains("containerd 2.0"), "{error}");
         assert!(transform_in(spec("sandbox", "/run/netns/x"), Place::Alone).is_ok());
         assert!(transform_in(spec("container", ""), Place::Alone).is_ok());
-    }
-
-    #[test]
-    fn a_chosen_apparmor_profile_is_refused_by_name() {
-        let spec = json!({ "process": { "args": ["a"], "apparmorProfile": "k8s-nginx" } });
-        let error = transform(spec).unwrap_err().to_string();
-        assert!(error.contains("process.apparmorProfile") && error.contains("k8s-nginx"), "{error}");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::hooks;
 use super::pod::Pod;
 use super::process::{Phase, Process};
 use super::streams::{connect, connect_input, forget};
+use crate::oci::process_for_guest;
 use crate::stdio::Streams;
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
@@ -70,8 +71,7 @@ fn guest_process(json: &[u8]) -> Result<Vec<u8>, TaskError> {
     }
     // As runc reads it.
     process.entry("user").or_insert_with(|| serde_json::json!({ "uid": 0, "gid": 0 }));
-    process.remove("apparmorProfile");
-    process.remove("selinuxLabel");
+    process_for_guest(&mut process)?;
     serde_json::to_vec(&process).map_err(|_| TaskError::Internal("encode a process"))
 }
 
@@ -182,7 +182,9 @@ mod tests {
 
     #[test]
     fn the_hosts_security_modules_are_not_asked_for() {
-        let out = guest_process(br#"{"args":["a"],"apparmorProfile":"p","cwd":"/"}"#).unwrap();
+        let chosen = guest_process(br#"{"args":["a"],"apparmorProfile":"p"}"#).unwrap_err().to_string();
+        assert!(chosen.contains("process.apparmorProfile"), "{chosen}");
+        let out = guest_process(br#"{"args":["a"],"apparmorProfile":"docker-default","cwd":"/"}"#).unwrap();
         let value: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(value, serde_json::json!({ "args": ["a"], "cwd": "/", "user": { "uid": 0, "gid": 0 } }));
     }
