@@ -8,13 +8,62 @@ use super::SpecError;
 const DEFAULT_PROFILES: [&str; 5] =
     ["", "unconfined", "cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
 
-/// Takes out what names the host's security modules, with a warning where something is lost by it.
+/// The sets of `process.capabilities`.
+const CAPABILITY_SETS: [&str; 5] = ["bounding", "effective", "inheritable", "permitted", "ambient"];
+
+/// Every capability that Linux has had up to 6.12 (linux/capability.h), without "CAP_".
+const CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Takes out what the guest's kernel does not know, with a warning where nothing is lost by it.
 ///
 /// # Errors
 /// When somebody has chosen an AppArmor profile.
 pub fn for_guest(process: &mut Map<String, Value>) -> Result<(), SpecError> {
     take_apparmor_profile(process)?;
     take_label(process, "selinuxLabel", "process.selinuxLabel");
+    take_unknown_capabilities(process);
     Ok(())
 }
 
@@ -40,6 +89,26 @@ fn take_apparmor_profile(process: &mut Map<String, Value>) -> Result<(), SpecErr
     }
 }
 
+/// As the OCI runtime spec has it, a capability that is not known is a warning.
+fn take_unknown_capabilities(process: &mut Map<String, Value>) {
+    let Some(Value::Object(sets)) = process.get_mut("capabilities") else { return };
+    let mut unknown = Vec::new();
+    for set in CAPABILITY_SETS {
+        let Some(Value::Array(names)) = sets.get_mut(set) else { continue };
+        names.retain(|name| {
+            let Some(name) = name.as_str() else { return true };
+            let known = name.strip_prefix("CAP_").is_some_and(|name| CAPABILITIES.contains(&name));
+            if !known && !unknown.iter().any(|seen| seen == name) {
+                unknown.push(name.to_owned());
+            }
+            known
+        });
+    }
+    if !unknown.is_empty() {
+        log::warn!("process.capabilities: unknown ones are not applied: {}", unknown.join(", "));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -49,6 +118,17 @@ mod tests {
     fn cleaned(process: Value) -> Result<Value, SpecError> {
         let Value::Object(mut process) = process else { panic!("an object") };
         for_guest(&mut process).map(|()| process.into())
+    }
+
+    #[test]
+    fn unknown_capabilities_are_left_out() {
+        let process = json!({ "capabilities": {
+            "bounding": ["CAP_KILL", "CAP_FUTURE", "KILL"], "ambient": null, "effective": ["CAP_CHECKPOINT_RESTORE"],
+        } });
+        let expected = json!({ "capabilities": {
+            "bounding": ["CAP_KILL"], "ambient": null, "effective": ["CAP_CHECKPOINT_RESTORE"],
+        } });
+        assert_eq!(cleaned(process).unwrap(), expected);
     }
 
     #[test]
