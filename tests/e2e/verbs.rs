@@ -131,7 +131,9 @@ fn a_loggers_program_gets_the_output() {
     let scratch = tempfile::tempdir().unwrap();
     let (program, log) = (scratch.path().join("logger"), scratch.path().join("log"));
     // Ready when descriptor 5 is closed; what comes on 3 and 4 is the container's.
-    let script = "#!/bin/sh\nexec 5>&-\n{ echo \"$1 $2 $CONTAINER_NAMESPACE\"; cat <&3; sed 's/^/E /' <&4; } > \"$2\"\n";
+    // The last of it is written when the container is long gone, but for the delete that waits for the logger.
+    let script = "#!/bin/sh\nexec 5>&-\n\
+                  { echo \"$1 $2 $CONTAINER_NAMESPACE\"; cat <&3; sleep 0.5; sed 's/^/E /' <&4; } > \"$2\"\n";
     fs::write(&program, script).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let uri = format!("binary://{}?to={}", program.display(), log.display());

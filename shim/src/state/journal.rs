@@ -19,6 +19,8 @@ pub enum Entry {
     Shim(ProcessId),
     /// Another process. Undone by killing it.
     Process(ProcessId),
+    /// A program that reads a container's output. Undone by ending it, once the VMM has let go of its pipes.
+    Logger(ProcessId),
     /// A mount and all below it. Undone by detaching it.
     Mount(PathBuf),
     /// A cgroup directory. Undone by killing what is in it and removing it.

@@ -12,7 +12,7 @@ mod undo;
 
 pub use journal::{Entry, Hooked, Journal, Redirection};
 pub use pod_dir::PodDir;
-pub use process::{ProcessId, wait_gone};
+pub use process::{ProcessId, signal, wait_gone};
 pub use undo::{undo, undo_predecessor};
 
 use std::path::PathBuf;

@@ -65,7 +65,7 @@ fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(super) fn signal(process: &impl AsFd, signal: i32) -> io::Result<()> {
+pub fn signal(process: &impl AsFd, signal: i32) -> io::Result<()> {
     let info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the descriptor is valid for the call, and a null siginfo means kill(2)'s.
     let result =

@@ -19,6 +19,9 @@ const SHIM_GRACE: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end a killed process.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long a logger may take to read what is left, and again to end when it is asked to.
+const LOGGER_GRACE: Duration = Duration::from_secs(2);
+
 /// How long a cgroup whose processes have been killed may keep one.
 const UNPOPULATED_LIMIT: Duration = Duration::from_secs(2);
 
@@ -41,10 +44,15 @@ pub fn undo_predecessor(pod: &PodDir, socket: &Path) -> Result<(), StateError> {
 fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
     let mut failure = None;
     let mut done = Vec::new();
+    let mut loggers = Vec::new();
     for entry in Journal::read(&pod.journal())? {
         let (path, result) = match &entry {
             Entry::Shim(shim) => (pod.path(), end_shim(shim)),
             Entry::Process(process) => (pod.path(), kill(process)),
+            Entry::Logger(logger) => {
+                loggers.push(*logger);
+                continue;
+            }
             Entry::Mount(path) => (path.as_path(), unmount(path)),
             Entry::Cgroup(path) => (path.as_path(), remove_cgroup(path)),
             Entry::CgroupParent(path) => {
@@ -68,6 +76,12 @@ fn undo_all_but(pod: &PodDir, kept: Option<&Path>) -> Result<(), StateError> {
             failure.get_or_insert(StateError { path: path.to_owned(), source });
         }
     }
+    // The VMM has let go of their pipes by now.
+    for logger in &loggers {
+        if let Err(source) = end_logger(logger) {
+            failure.get_or_insert(StateError { path: pod.path().to_owned(), source });
+        }
+    }
     match failure {
         Some(failure) => Err(failure),
         None => remove_directory(pod),
@@ -84,6 +98,18 @@ fn end_shim(shim: &ProcessId) -> io::Result<()> {
         return Ok(());
     }
     kill(shim)
+}
+
+fn end_logger(logger: &ProcessId) -> io::Result<()> {
+    let Some(process) = logger.open()? else { return Ok(()) };
+    if wait_gone(&process, LOGGER_GRACE)? {
+        return Ok(());
+    }
+    signal(&process, libc::SIGTERM)?;
+    if wait_gone(&process, LOGGER_GRACE)? {
+        return Ok(());
+    }
+    kill(logger)
 }
 
 fn kill(id: &ProcessId) -> io::Result<()> {
@@ -204,6 +230,19 @@ mod tests {
         assert!(!file.exists());
         assert!(!pod.path().parent().unwrap().exists());
         undo(&pod).unwrap();
+    }
+
+    #[test]
+    fn a_logger_is_given_time_and_ended() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = pod(root.path());
+        pod.create().unwrap();
+        let journal = Journal::create(pod.journal()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        journal.intend(&Entry::Logger(ProcessId::of(child.id()).unwrap())).unwrap();
+        undo(&pod).unwrap();
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGTERM));
     }
 
     #[test]

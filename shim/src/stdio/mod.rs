@@ -5,6 +5,7 @@ mod logger;
 mod open;
 mod uri;
 
+pub use logger::Logger;
 pub use open::{Kept, Opened, Owner, Streams, Writer};
 pub use uri::{Ready, Target};
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use super::logger::{self, LoggerStreams};
+use super::logger::{self, Logger, LoggerStreams};
 use super::{StdioError, Target};
 use crate::streaming::{self, ByteStream, Held, Waiting};
 use crate::vm::Closed;
@@ -57,6 +57,8 @@ pub struct Opened {
 pub struct Kept {
     /// Keeps standard input from ending when a client detaches; dropped by CloseIO.
     pub stdin_writer: Option<Writer>,
+    /// The program that reads the output, where it is one.
+    pub logger: Option<Logger>,
     /// Complete when the clients' streams have got everything.
     pub sent: Vec<Closed>,
     /// Keep writing from failing while no client reads.
@@ -113,7 +115,8 @@ impl Streams {
     }
 
     /// Opens everything that a process is made with: all but a standard input that is no terminal. Never waits for a
-    /// peer, except for a logger that is starting, so it belongs on a thread of its own.
+    /// peer, except for a logger that is starting, so it belongs on a thread of its own. A logger is told the id: the
+    /// container's, or that of an exec.
     ///
     /// # Errors
     /// The stream that cannot be opened is named.
@@ -130,7 +133,9 @@ impl Streams {
         let stdout = Target::parse(&self.stdout)?;
         let stderr = if self.terminal { Target::None } else { Target::parse(&self.stderr)? };
         if let Target::Binary { path, args, ready } = &stdout {
-            let LoggerStreams { stdout, stderr: errors } = logger::start(path, args, *ready, namespace, id)?;
+            let LoggerStreams { stdout, stderr: errors, logger } =
+                logger::start(path, args, *ready, namespace, id)?;
+            opened.kept.logger = Some(logger);
             opened.stdout = Some(stdout);
             opened.stderr = (!self.terminal).then_some(errors);
             return Ok(opened);

@@ -74,14 +74,16 @@ fn stream_name(query: &str) -> Option<String> {
     percent_decode(&value.replace('+', " ")).filter(|name| !name.is_empty())
 }
 
-/// Names and values of a query in turn; a name without a value stands alone.
+/// Names and values of a query in turn, as runc's shim hands them on: a name without a value has an empty one, and of
+/// several values of a name the first counts.
 fn arguments(query: &str) -> Option<Vec<String>> {
-    let mut args = Vec::new();
+    let mut args: Vec<String> = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        args.push(percent_decode(&name.replace('+', " "))?);
-        if !value.is_empty() {
-            args.push(percent_decode(&value.replace('+', " "))?);
+        let name = percent_decode(&name.replace('+', " "))?;
+        let value = percent_decode(&value.replace('+', " "))?;
+        if !args.iter().step_by(2).any(|known| *known == name) {
+            args.extend([name, value]);
         }
     }
     Some(args)
@@ -120,10 +122,10 @@ mod tests {
         assert_eq!(parse("fifo:///run/a%20b"), Target::Fifo("/run/a b".into()));
         assert_eq!(parse("file:///var/log/x?y"), Target::File("/var/log/x".into()));
         assert_eq!(
-            parse("binary:///bin/l?a=1&flag&b=x%2Fy+z"),
+            parse("binary:///bin/l?a=1&flag&b=x%2Fy+z&a=2"),
             Target::Binary {
                 path: "/bin/l".into(),
-                args: ["a", "1", "flag", "b", "x/y z"].map(str::to_owned).to_vec(),
+                args: ["a", "1", "flag", "", "b", "x/y z"].map(str::to_owned).to_vec(),
                 ready: Ready::Close,
             }
         );

@@ -138,6 +138,7 @@ async fn build(
 
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
     let opened = opened.transpose()?.unwrap_or_default();
+    pod.note_logger(&opened)?;
     let stdio = connect(vm, &container.init, opened, deadline).await?;
     let request = api::CreateContainerRequest {
         container_id: container.id.to_string(),

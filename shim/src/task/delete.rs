@@ -10,6 +10,7 @@ use vmshim_protocol::agent as api;
 
 use super::TaskError;
 use super::container::Container;
+use super::create::blocking;
 use super::hooks;
 use super::pod::Pod;
 use super::process::{Exit, Phase, Process};
@@ -123,8 +124,9 @@ async fn finish(pod: &Arc<Pod>, container: &Arc<Container>, deadline: Instant) -
     Ok(exit)
 }
 
-/// Waits until output has reached its reader, and gives up on a reader that does not read.
+/// Waits until output has reached its reader, and gives up on a reader that does not read. A logger has ended then.
 async fn settle(pod: &Pod, process: &Process, deadline: Instant) {
+    let logger = process.take_logger();
     let patience = deadline.min(Instant::now() + DRAIN_LIMIT);
     if timeout_at(patience, process.drained()).await.is_err() {
         log::warn!("nobody reads the output of process {:?}; the rest of it is dropped", process.exec_id);
@@ -134,4 +136,8 @@ async fn settle(pod: &Pod, process: &Process, deadline: Instant) {
         _ => drop(process.disconnect()),
     }
     process.streams.renounce(&pod.streams);
+    // Past the deadline it is ended all the same.
+    if let Some(logger) = logger {
+        let _ = timeout_at(deadline, blocking("end a logger", move || logger.end())).await;
+    }
 }

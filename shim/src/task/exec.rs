@@ -152,9 +152,10 @@ async fn prepare(
     deadline: Instant,
 ) -> Result<(), TaskError> {
     let streams = process.streams.clone();
-    let (namespace, id) = (pod.namespace.to_string(), container.id.to_string());
+    let (namespace, id) = (pod.namespace.to_string(), process.exec_id.clone());
     let clients = pod.streams.clone();
     let opened = blocking("open stdio", move || streams.open(&namespace, &id, &clients)).await??;
+    pod.note_logger(&opened)?;
     let mut stdio = connect(vm, process, opened, deadline).await?;
     if let Some(size) = process.size() {
         (stdio.width, stdio.height) = (size.width, size.height);

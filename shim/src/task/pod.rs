@@ -26,6 +26,7 @@ use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Life};
 use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_predecessor};
+use crate::stdio::{Logger, Opened};
 use crate::storage::{IdMap, Mapping, SharedError, Slots, mount_shared};
 use crate::streaming::Waiting;
 use crate::vm::{LaunchError, Launcher, Machine, Vm, host_memory_mib};
@@ -298,6 +299,16 @@ impl Pod {
     /// Whether the pod has a network namespace, which is the guest's network then.
     pub fn has_netns(&self) -> bool {
         matches!(self.network.get(), Some(Some(_)))
+    }
+
+    /// Writes down a logger that has been started, so that it does not outlive the pod.
+    ///
+    /// # Errors
+    /// When it cannot be written down.
+    pub fn note_logger(&self, opened: &Opened) -> Result<(), TaskError> {
+        let logger = opened.kept.logger.as_ref().and_then(Logger::id);
+        let (Some(journal), Some(logger)) = (&self.journal, logger) else { return Ok(()) };
+        journal.intend(&Entry::Logger(logger)).map_err(TaskError::State)
     }
 
     /// Asks the process to end.

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::stdio::{Kept, Streams, Writer};
+use crate::stdio::{Kept, Logger, Streams, Writer};
 use crate::vm::{Closed, Port};
 
 /// How a process ended.
@@ -267,6 +267,11 @@ impl Process {
     /// Whether every stream is over.
     pub fn is_drained(&self) -> bool {
         lock(&self.io).streams().all(Closed::is_over)
+    }
+
+    /// The program that reads the output, where it is one, for somebody to wait for.
+    pub fn take_logger(&self) -> Option<Logger> {
+        lock(&self.io).kept.logger.take()
     }
 
     /// Lets go of the streams and says which ports they had.
