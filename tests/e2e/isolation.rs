@@ -1,6 +1,11 @@
 //! What a container must not be able to reach, in its guest and on the host.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+
+use nix::sys::stat::{major, minor};
+use serde_json::{Value, json};
 
 use crate::fixture::{host, stderr, stdout, succeeded};
 use crate::shim::spec_run;
@@ -47,6 +52,64 @@ fn limits_ids_and_sysctls_are_those_of_the_spec() {
     host.assert_nothing_left();
 }
 
+/// A loop device of the host over a file of its own.
+struct Loop {
+    _file: tempfile::NamedTempFile,
+    device: String,
+}
+
+impl Loop {
+    fn holding(text: &str) -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), format!("{text:4096}")).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().unwrap();
+        Self { device: succeeded(&output).trim().to_owned(), _file: file }
+    }
+
+    /// As an entry of `linux.devices`, and as a rule.
+    fn described(&self, path: &str, access: &str) -> (Value, Value) {
+        let number = fs::metadata(&self.device).unwrap().rdev();
+        let (major, minor) = (major(number), minor(number));
+        let mut device = json!({ "path": path, "type": "b", "major": major, "minor": minor });
+        let rule = json!({ "allow": true, "type": "b", "major": major, "minor": minor, "access": access });
+        (device["fileMode"], device["uid"], device["gid"]) = (0o640.into(), 7.into(), 8.into());
+        (device, rule)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // The census of the test tells if it stays.
+        let _ = Command::new("losetup").args(["--detach", &self.device]).status();
+    }
+}
+
+#[test]
+fn block_devices_and_capabilities_of_the_spec_are_the_containers_where_they_can_be() {
+    let host = host();
+    {
+        let (writable, read_only) = (Loop::holding("first"), Loop::holding("second"));
+        let line = "cd /dev; for disk in w r; do stat -c '%A %u:%g' $disk; dd if=$disk bs=6 count=1 2>/dev/null; echo; \
+                    echo third | dd of=$disk conv=fsync 2>/dev/null || echo refused; done";
+        let output = spec_run(&host, &["sh", "-c", line], |spec| {
+            let bounding = spec["process"]["capabilities"]["bounding"].as_array_mut().unwrap();
+            bounding.push("CAP_FROM_THE_FUTURE".into());
+            let described = [writable.described("/dev/w", "rwm"), read_only.described("/dev/r", "rm")];
+            let linux = &mut spec["linux"];
+            let rules = linux["resources"]["devices"].as_array_mut().unwrap();
+            rules.extend(described.iter().map(|(_, rule)| rule.clone()));
+            linux["devices"] = described.into_iter().map(|(device, _)| device).collect();
+        });
+        let node = "brw-r----- 7:8";
+        let expected = format!("{node}\nfirst \n{node}\nsecond\nrefused\n");
+        assert_eq!(succeeded(&output), expected);
+        assert!(fs::read(&writable.device).unwrap().starts_with(b"third\n"));
+        assert!(fs::read(&read_only.device).unwrap().starts_with(b"second"));
+        assert!(host.log().contains("CAP_FROM_THE_FUTURE"));
+    }
+    host.assert_nothing_left();
+}
+
 #[test]
 fn a_user_namespace_maps_as_the_spec_says() {
     let host = host();
@@ -75,6 +138,12 @@ fn what_the_guest_cannot_do_is_refused_by_its_field() {
         spec["linux"]["intelRdt"] = serde_json::json!({ "closID": "x" });
     });
     assert!(!output.status.success() && stderr(&output).contains("intelRdt"), "{}", stderr(&output));
+    let output = spec_run(&host, &["true"], |spec| {
+        spec["linux"]["devices"] = json!([{ "path": "/dev/gpu", "type": "c", "major": 195, "minor": 0 }]);
+        let rules = spec["linux"]["resources"]["devices"].as_array_mut().unwrap();
+        rules.push(json!({ "allow": true, "type": "c", "major": 195, "minor": 0, "access": "rw" }));
+    });
+    assert!(!output.status.success() && stderr(&output).contains("/dev/gpu"), "{}", stderr(&output));
     host.assert_nothing_left();
 }
 

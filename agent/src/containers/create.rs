@@ -69,6 +69,7 @@ impl Containers {
                 directory: self.directory(id),
                 root,
                 join: joined.iter().map(|(flag, _)| *flag).collect(),
+                devices: request.devices.iter().map(request::block_device).collect::<Result<_, _>>()?,
             },
         };
         let directory = self.directory(id);

@@ -1,7 +1,7 @@
 //! The shim's requests in the engine's words: the one place where protobuf becomes our own types.
 
 use crate::engine::spec::Namespaces;
-use crate::engine::wire::{Directory, Disk, IdMaps, Part, Root, Size, Upper};
+use crate::engine::wire::{BlockDevice, Directory, Disk, IdMaps, Part, Root, Size, Upper};
 use crate::failure::{Failure, Kind};
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceType};
 use serde::Deserialize;
@@ -87,6 +87,25 @@ pub fn root(rootfs: &RootFilesystem) -> Result<Root, Failure> {
         }),
         _ => Err(invalid("rootfs: says neither shared directory nor disk nor overlay")),
     }
+}
+
+/// A disk that the container finds as a device node.
+pub fn block_device(device: &proto::BlockDevice) -> Result<BlockDevice, Failure> {
+    let proto::BlockDevice { slot, path, access, mode, uid, gid, .. } = device;
+    let known = access.bytes().all(|letter| b"rwm".contains(&letter));
+    if !path.starts_with('/') || !known || mode & !0o7777 != 0 {
+        return Err(invalid(format!(
+            "linux.devices[{path}]: needs an absolute path, letters of rwm and permission bits"
+        )));
+    }
+    Ok(BlockDevice {
+        slot: *slot,
+        path: PathBuf::from(path),
+        access: access.clone(),
+        mode: *mode,
+        uid: *uid,
+        gid: *gid,
+    })
 }
 
 /// The terminal's size where one is asked for.

@@ -14,6 +14,7 @@
 //! meant, not to be right.
 
 mod added;
+mod blocks;
 pub mod error;
 mod files;
 mod first;
@@ -93,8 +94,9 @@ fn run(agent: BorrowedFd<'_>) -> Result<()> {
     // The task decides what the document's body is.
     let (plan, _): (Plan, serde::de::IgnoredAny) = Document::read(again, "config.json")?;
     match &plan.task {
-        Task::Create { directory, root, join } => {
-            let (_, spec) = Document::read(document, "config.json")?;
+        Task::Create { directory, root, join, devices } => {
+            let (_, mut spec) = Document::read(document, "config.json")?;
+            blocks::add(&mut spec, devices)?;
             first::make(agent, &plan, &spec, directory, root, join, fds)
         }
         Task::Exec { namespaces } => {

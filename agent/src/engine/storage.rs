@@ -201,7 +201,7 @@ fn inside(tree: &Tree, path: &Path) -> Result<OwnedFd> {
 }
 
 /// The device with the slot's serial number, once it has a size.
-fn wait_for(slot: u32) -> Result<PathBuf> {
+pub fn wait_for(slot: u32) -> Result<PathBuf> {
     let doing = || "watch the kernel's log";
     // Opened before the first look: a change after it is then seen.
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;

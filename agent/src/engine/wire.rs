@@ -62,6 +62,8 @@ pub enum Task {
         root: Root,
         /// Namespaces (`CLONE_NEW*`) of other containers' first processes, or of the pod's.
         join: Vec<i32>,
+        /// Disks that it finds as device nodes.
+        devices: Vec<BlockDevice>,
     },
     /// One more process; the document's body is the OCI process object. Descriptors: stdin, stdout and stderr unless
     /// there is a terminal, then a pidfd of the container's first process, then the container's own document.
@@ -156,6 +158,23 @@ pub struct Disk {
     pub options: Vec<String>,
     /// Where on the device it lies; all of it where absent.
     pub part: Option<Part>,
+}
+
+/// A virtio-blk slot that a container finds as a device node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BlockDevice {
+    /// The slot, which the device's serial number names.
+    pub slot: u32,
+    /// Where the node is in the container.
+    pub path: PathBuf,
+    /// Letters of "rwm".
+    pub access: String,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
 }
 
 /// A part of a device, in sectors of 512 bytes.

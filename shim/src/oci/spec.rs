@@ -132,7 +132,7 @@ pub(super) struct Device {
     #[serde(default)]
     pub(super) minor: i64,
     #[serde(flatten)]
-    rest: Map<String, Value>,
+    pub(super) rest: Map<String, Value>,
 }
 
 /// Go writes an empty list or map as null.

@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 use vmshim_protocol::agent::{CONTAINER_NAMESPACE, POD_NAMESPACE, POD_SHARED_MEMORY, SOCKET_SOURCE};
 use vmshim_protocol::shared::SOURCE_PREFIX;
 
+use super::devices::{self, BlockDevice};
 use super::process;
-use super::spec::{Device, Mount, Namespace};
+use super::spec::{Mount, Namespace};
 use super::{Spec, SpecError};
 use crate::hooks::Hooks;
 use crate::ids::Name;
@@ -40,13 +41,11 @@ pub struct HostParts {
     pub binds: Vec<HostBind>,
     /// Unix sockets, in the order of their numbers.
     pub sockets: Vec<PathBuf>,
+    /// Block devices.
+    pub devices: Vec<BlockDevice>,
     /// Programs.
     pub hooks: Hooks,
 }
-
-/// Devices whose numbers mean the same in every kernel, so that a node of them is right in the guest too.
-const UNIVERSAL_DEVICES: [(i64, i64); 10] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 229)];
 
 /// The type of a mount that is a Unix socket of the host.
 const SOCKET: &str = "uds";
@@ -113,11 +112,11 @@ pub fn for_guest(
     spec.linux.namespaces.retain(|namespace| namespace.kind != "network");
     localise(&mut spec.linux.resources, &mut spec.linux.rest)?;
     spec.linux.cgroups_path = format!("/{id}");
-    spec.linux.devices.retain(is_universal);
+    let devices = devices::take(spec)?;
     process::for_guest(&mut spec.process.rest)?;
     process::take_label(&mut spec.linux.rest, "mountLabel", "linux.mountLabel");
     let hooks = Hooks::take(&mut spec.hooks)?;
-    Ok(HostParts { binds, sockets, hooks })
+    Ok(HostParts { binds, sockets, devices, hooks })
 }
 
 /// Leaves it to the host that a volume is read-only. For the guest it is one mount with all that is mounted below, which
@@ -318,10 +317,6 @@ fn asks_for_something(value: &Value) -> bool {
         Value::Array(list) => !list.is_empty(),
         Value::Object(fields) => fields.values().any(asks_for_something),
     }
-}
-
-fn is_universal(device: &Device) -> bool {
-    device.kind == "p" || UNIVERSAL_DEVICES.contains(&(device.major, device.minor)) && device.kind != "b"
 }
 
 #[cfg(test)]

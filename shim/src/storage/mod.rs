@@ -2,9 +2,10 @@
 //!
 //! Directories and files are bind-mounted below the pod's shared directory, which the VMM serves by virtio-fs; block
 //! devices and disk images are opened and given to the VMM. A block device comes only from a mount that containerd
-//! names as such, never from what a path happens to be. Mounting may wait for a file system, so all of this runs on
+//! names as such, or from the spec's own list of devices, by its number; never from what a path happens to be. Mounting may wait for a file system, so all of this runs on
 //! a thread of its own, never on the shim's event loop.
 
+mod block_device;
 mod disk;
 mod host_layers;
 mod idmap;
@@ -18,6 +19,7 @@ mod slots;
 mod socket;
 mod staging;
 
+pub use block_device::OpenedDevice;
 pub use disk::Disk;
 pub use idmap::{IdMap, Mapping};
 pub use layers::Directory;
@@ -67,6 +69,18 @@ pub enum StorageError {
     /// A disk that is neither a file nor a block device.
     #[error("{} is neither a disk image nor a block device", .0.display())]
     NotADisk(PathBuf),
+    /// A device number that the host has no block device of.
+    #[error("linux.devices: the host has no block device {major}:{minor} for {path}: {source}")]
+    NoDevice {
+        /// Where the container was to find it.
+        path: String,
+        /// The major number.
+        major: u32,
+        /// The minor number.
+        minor: u32,
+        /// Why.
+        source: io::Error,
+    },
     /// Owners that cannot be mapped.
     #[error("the owners of {} cannot be mapped (uidMappings, gidMappings): {source}", path.display())]
     IdMap {

@@ -23,7 +23,7 @@ use crate::ids::Name;
 use crate::oci::{HostParts, Place, Spec, for_guest, leave_read_only_to_host};
 use crate::sandbox;
 use crate::stdio::{Owner, Streams};
-use crate::storage::{MountRequest, SocketOwner, Staging};
+use crate::storage::{MountRequest, OpenedDevice, SocketOwner, Staging};
 use crate::timeline::{self, Mark};
 use crate::vm::Vm;
 
@@ -102,7 +102,8 @@ async fn build(
     let namespaces = users.map(|users| namespaces_of(users, String::new(), HashMap::new()));
     // Users of its own have a network of their own, too.
     let wants_host_network = spec.wants_host_network() && !pod.has_netns() && spec.users().is_none();
-    let HostParts { binds, sockets, hooks } = for_guest(&mut spec, &container.bundle, &container.id, place)?;
+    let HostParts { binds, sockets, devices, hooks } =
+        for_guest(&mut spec, &container.bundle, &container.id, place)?;
     container.set_sockets(sockets.clone());
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
@@ -115,15 +116,17 @@ async fn build(
     let clients = pod.streams.clone();
     let (staging, rootfs, opened) = blocking("prepare storage", move || {
         let owners = sockets.iter().map(|path| SocketOwner::of(path)).collect::<Result<Vec<_>, _>>();
-        let rootfs = owners.and_then(|owners| Ok((staging.stage(mount, &root, &binds)?, owners)));
+        let rootfs = owners.and_then(|owners| {
+            Ok((staging.stage(mount, &root, &binds)?, OpenedDevice::open_all(devices)?, owners))
+        });
         let opened = rootfs.is_ok().then(|| streams.open(&namespace, &id, &clients));
         (staging, rootfs, opened)
     })
     .await?;
     log::debug!("storage and stdio of container {} are ready", container.id);
     leave_read_only_to_host(&mut spec, &container.id, staging.partly_read_only());
-    let planned = rootfs.and_then(|(rootfs, owners)| {
-        let (plan, slots) = Plan::new(rootfs, &container.id, &pod.slots)?;
+    let planned = rootfs.and_then(|(rootfs, devices, owners)| {
+        let (plan, slots) = Plan::new(rootfs, devices, &container.id, &pod.slots)?;
         Ok((plan, slots, owners))
     });
     let (plan, slots, owners) = match planned {
@@ -134,7 +137,7 @@ async fn build(
         }
     };
     container.set_storage(HostStorage { staging, slots });
-    let rootfs = plan.attach(vm, deadline).await?;
+    let (rootfs, devices) = plan.attach(vm, deadline).await?;
 
     let spec = serde_json::to_vec(&spec).map_err(|_| TaskError::Internal("encode a spec"))?;
     let opened = opened.transpose()?.unwrap_or_default();
@@ -146,6 +149,7 @@ async fn build(
         rootfs: MessageField::some(rootfs),
         stdio: MessageField::some(stdio),
         sockets: (0..).zip(owners).map(|(number, owner)| socket(number, owner)).collect(),
+        devices,
         ..Default::default()
     };
     pod.network_ready(vm).await?;

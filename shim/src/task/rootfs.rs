@@ -1,4 +1,4 @@
-//! From an opened root file system to the VM's disk slots and what the agent is told of them.
+//! From an opened root file system, and block devices, to the VM's disk slots and what the agent is told of them.
 //!
 //! The VM has a few slots and an image may have hundreds of layers, so the layers that are only read are packed: one
 //! slot holds many of them, one after the other, and the guest is told where each begins.
@@ -14,7 +14,8 @@ use vmshim_protocol::control::MAX_DISK_PIECES;
 
 use super::TaskError;
 use crate::ids::Name;
-use crate::storage::{Directory, Disk, Rootfs, Slot, Slots, StorageError, UpperDisk};
+use crate::oci::BlockDevice;
+use crate::storage::{Directory, Disk, OpenedDevice, Rootfs, Slot, Slots, StorageError, UpperDisk};
 use crate::vm::Vm;
 
 /// A root file system with the slots that its disks go to.
@@ -22,6 +23,7 @@ use crate::vm::Vm;
 pub struct Plan {
     packs: Vec<Pack>,
     source: Source,
+    devices: Vec<api::BlockDevice>,
 }
 
 /// What goes to one slot.
@@ -37,7 +39,12 @@ impl Plan {
     ///
     /// # Errors
     /// When there are too few.
-    pub fn new(rootfs: Rootfs, id: &Name, slots: &Slots) -> Result<(Self, Vec<Slot>), StorageError> {
+    pub fn new(
+        rootfs: Rootfs,
+        devices: Vec<OpenedDevice>,
+        id: &Name,
+        slots: &Slots,
+    ) -> Result<(Self, Vec<Slot>), StorageError> {
         let mut taken = Taken { slots, owned: Vec::new(), packs: Vec::new() };
         let source = match rootfs {
             Rootfs::Shared => Source::Shared(format!("{id}/rootfs")),
@@ -46,19 +53,24 @@ impl Plan {
                 Source::Overlay(taken.overlay(lowers, upper, options)?)
             }
         };
-        Ok((Self { packs: taken.packs, source }, taken.owned))
+        let devices = devices.into_iter().map(|device| taken.device(device)).collect::<Result<_, _>>()?;
+        Ok((Self { packs: taken.packs, source, devices }, taken.owned))
     }
 
     /// Puts the disks into their slots.
     ///
     /// # Errors
     /// When the VMM refuses one, does not answer in time, or is gone.
-    pub async fn attach(self, vm: &Vm, deadline: Instant) -> Result<api::RootFilesystem, TaskError> {
+    pub async fn attach(
+        self,
+        vm: &Vm,
+        deadline: Instant,
+    ) -> Result<(api::RootFilesystem, Vec<api::BlockDevice>), TaskError> {
         for pack in &self.packs {
             let files: Vec<_> = pack.files.iter().map(AsFd::as_fd).collect();
             vm.attach_disk(pack.slot, &files, pack.read_only, deadline).await?;
         }
-        Ok(api::RootFilesystem { source: Some(self.source), ..Default::default() })
+        Ok((api::RootFilesystem { source: Some(self.source), ..Default::default() }, self.devices))
     }
 }
 
@@ -81,6 +93,15 @@ impl Taken<'_> {
         let described = describe(slot, &disk, None);
         self.packs.push(Pack { slot, read_only: disk.read_only, files: vec![disk.file] });
         Ok(described)
+    }
+
+    fn device(&mut self, opened: OpenedDevice) -> Result<api::BlockDevice, StorageError> {
+        let slot = self.slot()?;
+        let OpenedDevice { device, file } = opened;
+        self.packs.push(Pack { slot, read_only: device.is_read_only(), files: vec![file] });
+        let BlockDevice { path, access, mode, uid, gid, .. } = device;
+        let slot = slot.into();
+        Ok(api::BlockDevice { slot, path, access, mode, uid, gid, ..api::BlockDevice::default() })
     }
 
     fn overlay(
@@ -158,7 +179,7 @@ mod tests {
     fn a_hundred_layers_take_two_slots() {
         let id = Name::new("c").unwrap();
         let slots = Slots::new(2);
-        let (plan, owned) = Plan::new(layers(100), &id, &slots).unwrap();
+        let (plan, owned) = Plan::new(layers(100), Vec::new(), &id, &slots).unwrap();
         assert_eq!(owned.len(), 2);
         assert_eq!((plan.packs[0].files.len(), plan.packs[0].read_only), (100, true));
         assert_eq!((plan.packs[1].files.len(), plan.packs[1].read_only), (1, false));
@@ -173,7 +194,35 @@ mod tests {
     fn slots_that_were_taken_in_vain_come_back() {
         let id = Name::new("c").unwrap();
         let slots = Slots::new(2);
-        assert!(matches!(Plan::new(layers(MAX_DISK_PIECES + 1), &id, &slots), Err(StorageError::NoSlot)));
-        assert!(Plan::new(layers(MAX_DISK_PIECES), &id, &slots).is_ok());
+        let plan = |rootfs, devices| Plan::new(rootfs, devices, &id, &slots);
+        assert!(matches!(plan(layers(MAX_DISK_PIECES + 1), Vec::new()), Err(StorageError::NoSlot)));
+        assert!(plan(layers(MAX_DISK_PIECES), Vec::new()).is_ok());
+        assert!(matches!(plan(layers(1), vec![device("r")]), Err(StorageError::NoSlot)));
+    }
+
+    fn device(access: &str) -> OpenedDevice {
+        let device = BlockDevice {
+            path: "/dev/xvda".to_owned(),
+            major: 8,
+            minor: 0,
+            access: access.to_owned(),
+            mode: 0o660,
+            uid: 5,
+            gid: 6,
+        };
+        OpenedDevice { device, file: tempfile::tempfile().unwrap() }
+    }
+
+    #[test]
+    fn a_block_device_is_writable_where_its_rule_says_so() {
+        let id = Name::new("c").unwrap();
+        let slots = Slots::new(2);
+        let devices = vec![device("rm"), device("rwm")];
+        let (plan, owned) = Plan::new(Rootfs::Shared, devices, &id, &slots).unwrap();
+        assert_eq!(owned.len(), 2);
+        assert_eq!(plan.packs.iter().map(|pack| pack.read_only).collect::<Vec<_>>(), [true, false]);
+        let told = &plan.devices[1];
+        assert_eq!((told.slot, told.path.as_str(), told.access.as_str()), (1, "/dev/xvda", "rwm"));
+        assert_eq!((told.mode, told.uid, told.gid), (0o660, 5, 6));
     }
 }

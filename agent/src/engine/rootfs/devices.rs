@@ -76,6 +76,17 @@ impl Node {
         })
     }
 
+    /// Where the guest has the device. Only a disk has another name in the container.
+    fn guests(&self) -> Result<PathBuf> {
+        if self.kind != SFlag::S_IFBLK {
+            return Ok(self.path.clone());
+        }
+        let link = format!("/sys/dev/block/{}:{}", self.major, self.minor);
+        let disk =
+            std::fs::read_link(&link).doing(|| format!("look for the disk {}", self.path.display()))?;
+        Ok(Path::new("/dev").join(disk.file_name().unwrap_or_default()))
+    }
+
     /// The numbers were meant for the host; only a device that the guest has too may get a node.
     fn check_present(&self) -> Result<()> {
         let class = match self.kind {
@@ -96,7 +107,7 @@ impl Node {
 fn make_node(tree: &Tree, node: &Node, user_namespace: bool) -> Result<()> {
     let shown = node.path.display();
     if user_namespace && node.kind != SFlag::S_IFIFO {
-        return bind_from_guest(tree, &node.path);
+        return bind_from_guest(tree, &node.guests()?, &node.path);
     }
     let (parent, name) = tree.parent(&node.path).doing(|| format!("make the directory of {shown}"))?;
     let mode = Mode::from_bits_truncate(node.mode);
@@ -114,9 +125,9 @@ fn make_node(tree: &Tree, node: &Node, user_namespace: bool) -> Result<()> {
 }
 
 /// A process in a user namespace may not make nodes, but may use those it is given.
-fn bind_from_guest(tree: &Tree, path: &Path) -> Result<()> {
+fn bind_from_guest(tree: &Tree, source: &Path, path: &Path) -> Result<()> {
     let doing = || format!("bind the device {}", path.display());
-    let source = open_location(path).doing(doing)?;
+    let source = open_location(source).doing(doing)?;
     let kind = super::tree::kind(&fstat(&source).doing(doing)?);
     if kind != SFlag::S_IFCHR && kind != SFlag::S_IFBLK {
         return Err(Error::invalid(
