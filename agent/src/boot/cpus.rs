@@ -4,6 +4,11 @@ use crate::log;
 use std::fs;
 use std::path::Path;
 
+/// Whether there are more than the first.
+pub fn are_several() -> bool {
+    Path::new("/sys/devices/system/cpu/cpu1").exists()
+}
+
 /// Brings every present CPU online.
 pub fn bring_online() {
     let Ok(entries) = fs::read_dir("/sys/devices/system/cpu") else { return };

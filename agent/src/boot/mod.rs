@@ -4,7 +4,7 @@
 //! mount what every request needs while the host answers, serve; what only a container needs (the shared directory) or
 //! its program (the other CPUs) is done on a thread while the first request is on its way, and the request waits for it.
 
-mod cpus;
+pub mod cpus;
 mod mounts;
 
 use crate::clock::HostClock;

@@ -1,6 +1,6 @@
 //! Each request, checked and handed on.
 
-use crate::boot::Readiness;
+use crate::boot::{Readiness, cpus};
 use crate::containers::{Containers, request_size};
 use crate::failure::{Failure, Kind};
 use crate::power;
@@ -161,6 +161,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
+        if cpus::are_several() {
+            // The driver of an interface uses as many queues as there are CPUs when it starts.
+            self.ready.cpus().await;
+        }
         let servers = crate::network::configure(request, self.containers.home()?).await?;
         self.containers.host_network().stand_in(servers)?;
         Ok(Empty::new())

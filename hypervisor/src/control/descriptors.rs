@@ -54,9 +54,9 @@ impl Descriptors {
         self.0.extract_if(.., |(role, _)| is_stream(*role)).collect()
     }
 
-    /// The descriptors of a disk's pieces, in their order.
-    pub fn take_disks(&mut self) -> Vec<OwnedFd> {
-        self.0.extract_if(.., |(role, _)| *role == FdRole::Disk).map(|(_, fd)| fd).collect()
+    /// All descriptors of a role, in their order.
+    pub fn take_all(&mut self, wanted: FdRole) -> Vec<OwnedFd> {
+        self.0.extract_if(.., |(role, _)| *role == wanted).map(|(_, fd)| fd).collect()
     }
 
     /// Nothing else may have come: a descriptor that is silently closed would be a riddle to who sent it.
@@ -106,7 +106,7 @@ mod tests {
         let roles = [FdRole::StreamSink, FdRole::Disk, FdRole::StreamSource, FdRole::Disk];
         let mut descriptors = Descriptors::new(&roles, fds(4)).unwrap();
         assert_eq!(descriptors.take_streams().len(), 2);
-        assert_eq!(descriptors.take_disks().len(), 2);
-        assert!(descriptors.take_disks().is_empty());
+        assert_eq!(descriptors.take_all(FdRole::Disk).len(), 2);
+        assert!(descriptors.take_all(FdRole::Disk).is_empty());
     }
 }

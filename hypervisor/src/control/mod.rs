@@ -19,6 +19,7 @@ use vmshim_protocol::control::{
     Command, ControlSocket, Event, Failure, FailureKind, FdRole, MAX_DISK_PIECES, MachineConfig, Message,
     Outcome, Request, Response, SocketError, State, Statistics,
 };
+use vmshim_protocol::nic::MAX_QUEUE_PAIRS;
 
 use crate::devices::virtio::vsock::{StreamEnds, StreamEvent, Streams};
 use crate::event_loop::{EventLoop, Handler, Interest, Readiness};
@@ -133,7 +134,7 @@ impl Server {
             Command::Status => Response::Status(self.state(&life)),
             Command::Statistics => Response::Statistics(self.statistics(&life)),
             Command::AttachDisk { slot, read_only } => {
-                let pieces = fds.take_disks();
+                let pieces = fds.take_all(FdRole::Disk);
                 life.machine()?.attach_disk(slot, pieces, read_only).map_err(slot_failure)?;
                 Response::Done
             }
@@ -142,8 +143,8 @@ impl Server {
                 Response::Done
             }
             Command::AttachNic { slot } => {
-                let tap = fds.take(FdRole::Tap).map_err(invalid)?;
-                life.machine()?.attach_nic(slot, tap).map_err(nic_failure)?;
+                let queues = fds.take_all(FdRole::Tap);
+                life.machine()?.attach_nic(slot, queues).map_err(nic_failure)?;
                 Response::Done
             }
             Command::Expect { port } => {
@@ -310,7 +311,7 @@ fn roles_of(command: &Command) -> Vec<FdRole> {
     match command {
         Command::Configure(_) => vec![Kvm, Kernel, RootImage, SharedDirectory, VsockListener],
         Command::AttachDisk { .. } => vec![Disk; MAX_DISK_PIECES],
-        Command::AttachNic { .. } => vec![Tap],
+        Command::AttachNic { .. } => vec![Tap; MAX_QUEUE_PAIRS.into()],
         Command::Expect { .. } => vec![StreamSocket, StreamSource, StreamSink],
         _ => Vec::new(),
     }

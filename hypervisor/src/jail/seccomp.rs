@@ -75,7 +75,7 @@ const IO: &[c_long] = &[
     libc::SYS_timerfd_settime,
 ];
 
-const NET: &[c_long] = &[libc::SYS_readv];
+const NET: &[c_long] = &[libc::SYS_readv, libc::SYS_timerfd_settime];
 
 const BLK: &[c_long] = &[libc::SYS_fallocate, libc::SYS_fdatasync, libc::SYS_preadv, libc::SYS_pwritev];
 
@@ -85,11 +85,14 @@ mod request {
     pub const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
     /// `BLKGETSIZE64`, of a disk that is attached.
     pub const BLOCK_DEVICE_SIZE: u32 = 0x8008_1272;
-    /// `TUNGETIFF` and `TUNSETVNETHDRSZ`, of a tap that is attached.
+    /// `TUNGETFEATURES`, `TUNGETIFF` and `TUNSETVNETHDRSZ`, of a tap that is attached.
+    pub const TAP_FEATURES: u32 = 0x8004_54cf;
     pub const TAP_INTERFACE: u32 = 0x8004_54d2;
     pub const TAP_HEADER: u32 = 0x4004_54d8;
     /// `TUNSETOFFLOAD`, of a tap when it is attached or its driver starts, whichever comes last.
     pub const TAP_OFFLOAD: u32 = 0x4004_54d0;
+    /// `TUNSETQUEUE`, when the driver of a NIC says how many queues it uses, or is no more.
+    pub const TAP_QUEUE: u32 = 0x4004_54d9;
     /// `FIONBIO`, of a socket that is accepted.
     pub const NON_BLOCKING: u32 = 0x5421;
 }
@@ -108,15 +111,19 @@ impl Role {
 
     fn requests(self) -> &'static [u32] {
         match self {
-            Self::Vcpu => &[request::KVM_RUN, request::KVM_KVMCLOCK_CTRL, request::TAP_OFFLOAD],
+            Self::Vcpu => {
+                &[request::KVM_RUN, request::KVM_KVMCLOCK_CTRL, request::TAP_OFFLOAD, request::TAP_QUEUE]
+            }
             Self::Io => &[
                 request::BLOCK_DEVICE_SIZE,
+                request::TAP_FEATURES,
                 request::TAP_INTERFACE,
                 request::TAP_HEADER,
                 request::TAP_OFFLOAD,
                 request::NON_BLOCKING,
             ],
-            Self::Blk | Self::Net | Self::Fs => &[],
+            Self::Net => &[request::TAP_QUEUE],
+            Self::Blk | Self::Fs => &[],
         }
     }
 }

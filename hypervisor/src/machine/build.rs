@@ -11,20 +11,21 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use vmshim_protocol::control::{FailureKind, Outcome};
+use vmshim_protocol::nic::queue_pairs;
 
 use super::kvm::{KvmError, Vm};
 use super::platform::{Platform, PlatformError};
 use super::{Ending, Machine, Plan};
 use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError, Place, RootImage};
 use crate::devices::legacy::Console;
-use crate::devices::virtio::SharedDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
-use crate::devices::virtio::net::Net;
+use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pmem::{Persistent, Pmem};
 use crate::devices::virtio::rng::{Entropy, Rng};
 use crate::devices::virtio::vsock::{Streams, Vsock};
+use crate::devices::virtio::{SharedDevice, Throttle};
 use crate::event_loop::EventLoop;
 use crate::jail::{self, JailError, Role};
 use crate::memory::{GuestRam, MemoryError};
@@ -132,7 +133,7 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         )?;
     }
     let net_loop = EventLoop::new()?;
-    let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| Arc::new(Mutex::new(Net::new(slot)))).collect();
+    let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| nic(plan, slot)).collect::<io::Result<_>>()?;
     for nic in &nics {
         platform.add_virtio(&vm, &ram, &net_loop, SharedDevice::new(nic.clone()))?;
     }
@@ -189,6 +190,12 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     }
     jail::confine(Role::Io)?;
     Ok(Machine { _vm: vm.fd, gate, slots, nics, vsock, devices: platform.devices, console, first_run, exits })
+}
+
+fn nic(plan: &Plan, slot: u8) -> io::Result<Arc<Mutex<Net>>> {
+    let limits =
+        Limits { receive: Throttle::new(plan.receive_limit())?, send: Throttle::new(plan.send_limit())? };
+    Ok(Arc::new(Mutex::new(Net::new(slot, queue_pairs(plan.vcpus()), limits))))
 }
 
 fn spawn_worker(

@@ -1,6 +1,6 @@
 //! The machine that was asked for, once its numbers have been checked.
 
-use vmshim_protocol::control::MachineConfig;
+use vmshim_protocol::control::{MachineConfig, RateLimit};
 
 use crate::boot::MAX_VCPUS;
 
@@ -78,6 +78,16 @@ impl Plan {
         self.0.nic_slots
     }
 
+    /// What each NIC may take to the guest.
+    pub fn receive_limit(&self) -> Option<RateLimit> {
+        self.0.receive_limit
+    }
+
+    /// What each NIC may take from the guest.
+    pub fn send_limit(&self) -> Option<RateLimit> {
+        self.0.send_limit
+    }
+
     /// The administrator's part of the command line.
     pub fn kernel_params(&self) -> &str {
         &self.0.kernel_params
@@ -106,6 +116,8 @@ mod tests {
             kernel_params: String::new(),
             disk_slots: 4,
             nic_slots: 2,
+            receive_limit: None,
+            send_limit: None,
             uid: 1000,
             gid: 1000,
         }

@@ -110,14 +110,14 @@ impl Machine {
         if detached { Ok(()) } else { Err(SlotError::Empty(slot)) }
     }
 
-    /// Connects an idle NIC slot to a tap.
+    /// Connects an idle NIC slot to the queues of a tap.
     ///
     /// # Errors
     /// See [`NicError`].
-    pub fn attach_nic(&self, slot: u8, tap: OwnedFd) -> Result<(), NicError> {
+    pub fn attach_nic(&self, slot: u8, queues: Vec<OwnedFd>) -> Result<(), NicError> {
         let missing = NicError::NoSuchSlot { slot, slots: self.nics.len() };
         let nic = self.nics.get(usize::from(slot)).ok_or(missing)?;
-        let attached = lock(nic).attach(tap)?;
+        let attached = lock(nic).attach(queues)?;
         if attached { Ok(()) } else { Err(NicError::Taken(slot)) }
     }
 

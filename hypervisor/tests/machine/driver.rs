@@ -50,6 +50,8 @@ impl Default for Guest {
             kernel_params: std::env::var("VMSHIM_TEST_PARAMS").unwrap_or_default(),
             disk_slots: 0,
             nic_slots: 0,
+            receive_limit: None,
+            send_limit: None,
             uid: 4_000_001,
             gid: 4_000_001,
         };

@@ -12,6 +12,8 @@ mod socket;
 
 pub use socket::{ControlSocket, MAX_FDS, MAX_MESSAGE, SocketError};
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 /// A command with the id its reply will carry.
@@ -68,9 +70,12 @@ pub enum Command {
         /// The slot to empty.
         slot: u8,
     },
-    /// Connects an idle virtio-net slot to a tap (descriptor: `Tap`, without packet information and with the virtio
-    /// header). The guest sees the link come up. The tap stays in the slot for the
-    /// life of the VM.
+    /// Connects an idle virtio-net slot to a tap (descriptors: as many `Tap` as an interface of the machine has queue
+    /// pairs, see [`nic::queue_pairs`]; without packet information and with the virtio header). Where there are several
+    /// they are the queues of one tap, of which all but the first are detached (`TUNSETQUEUE`). The guest sees the link
+    /// come up. The tap stays in the slot for the life of the VM.
+    ///
+    /// [`nic::queue_pairs`]: crate::nic::queue_pairs
     AttachNic {
         /// From 0 to [`MachineConfig::nic_slots`] - 1. The guest knows the device by [`nic::slot_mac`].
         ///
@@ -107,7 +112,7 @@ pub enum FdRole {
     VsockListener,
     /// A regular file or block device.
     Disk,
-    /// A tap of `/dev/net/tun`.
+    /// A queue of a tap of `/dev/net/tun`.
     Tap,
     /// Both directions of a stream.
     StreamSocket,
@@ -135,10 +140,26 @@ pub struct MachineConfig {
     /// virtio-net devices made, without a link until `AttachNic`.
     #[serde(default)]
     pub nic_slots: u8,
+    /// The most that each of them takes to the guest.
+    #[serde(default)]
+    pub receive_limit: Option<RateLimit>,
+    /// The most that each of them takes from the guest.
+    #[serde(default)]
+    pub send_limit: Option<RateLimit>,
     /// The host user id and group id that the VMM runs as once it is jailed.
     pub uid: u32,
     /// See `uid`.
     pub gid: u32,
+}
+
+/// A limit of bytes that pass in a second. Frames count with their Ethernet headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// What passes in a second.
+    pub bytes_per_second: NonZeroU64,
+    /// What may pass at once where nothing has passed before.
+    pub burst_bytes: NonZeroU64,
 }
 
 /// What the VMM sends.

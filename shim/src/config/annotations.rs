@@ -13,13 +13,15 @@ use super::value::{Setting, article};
 const PREFIX: &str = "io.vmshim.";
 
 /// What can be left to pods: nothing of the host's, and nothing that a pod could use up of another's.
-const POSSIBLE: [&str; 6] = [
+const POSSIBLE: [&str; 8] = [
     "hypervisor.boot_timeout_seconds",
     "hypervisor.default_memory_mib",
     "hypervisor.default_vcpus",
     "hypervisor.kernel_params",
     "hypervisor.nic_slots",
     "hypervisor.overhead_memory_mib",
+    "hypervisor.receive_kib_per_second",
+    "hypervisor.send_kib_per_second",
 ];
 
 /// Bytes of the longest value.
@@ -127,6 +129,24 @@ mod tests {
         assert!(pod(&node, vcpus, "1\n[runtime]\nstate_dir = '/x'").unwrap_err().contains("whole number"));
         // The administrator's maximum is one for annotations, too.
         assert!(pod(&node, vcpus, "64").unwrap_err().contains("larger than `max_vcpus`"));
+    }
+
+    #[test]
+    fn a_pods_rate_is_never_above_the_maximum() {
+        let name = "io.vmshim.hypervisor.send_kib_per_second";
+        let text = "[hypervisor]\nmax_send_kib_per_second = 2000\nsend_kib_per_second = 1000\n\
+                    [runtime]\nleft_to_pods = [\"hypervisor.send_kib_per_second\"]\n";
+        let node = Config::parse("c.toml", text).unwrap();
+        let rate = |value| {
+            let limit = pod(&node, name, value).unwrap().hypervisor.send_limit().unwrap();
+            limit.bytes_per_second.get() >> 10
+        };
+        // Without a limit of its own a pod has the maximum.
+        assert_eq!((rate("1"), rate("2000"), rate("0")), (1, 2000, 2000));
+        assert!(pod(&node, name, "2001").unwrap_err().contains("larger than `max_send_kib_per_second`"));
+        assert!(pod(&node, name, "-1").unwrap_err().contains("must be a whole number"));
+        let other = "io.vmshim.hypervisor.receive_kib_per_second";
+        assert!(pod(&node, other, "1").unwrap_err().contains("is not left to pods"));
     }
 
     #[test]

@@ -121,6 +121,15 @@ impl Config {
         if vm.default_memory_mib > vm.max_memory_mib {
             return Err(ConfigError::Contradiction("`default_memory_mib` is larger than `max_memory_mib`"));
         }
+        let above = |rate, most| most > 0 && rate > most;
+        if above(vm.receive_kib_per_second, vm.max_receive_kib_per_second) {
+            let what = "`receive_kib_per_second` is larger than `max_receive_kib_per_second`";
+            return Err(ConfigError::Contradiction(what));
+        }
+        if above(vm.send_kib_per_second, vm.max_send_kib_per_second) {
+            let what = "`send_kib_per_second` is larger than `max_send_kib_per_second`";
+            return Err(ConfigError::Contradiction(what));
+        }
         Ok(())
     }
 }

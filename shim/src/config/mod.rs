@@ -10,12 +10,13 @@ mod annotations;
 mod example;
 mod load;
 mod options;
+mod rates;
 mod schema;
 mod value;
 
 pub use load::ConfigError;
 pub use options::{OptionsError, RuntimeOptions};
-pub use schema::Config;
+pub use schema::{Config, Hypervisor};
 
 /// The file that is read when the runtime options name no other; its absence means the defaults.
 pub const DEFAULT_PATH: &str = "/etc/vmshim/configuration.toml";

@@ -137,6 +137,16 @@ settings! {
         disk_slots: u8 = 8u8, in 1..=13u8;
         /// Network interfaces that a pod with a network namespace can have. With the disk slots there can be 14.
         nic_slots: u8 = 2u8, in 1..=8u8;
+        /// What each network interface of a pod may receive in a second, in KiB; 0 for the maximum.
+        receive_kib_per_second: u32 = 0u32, in 0..=1_073_741_824u32;
+        /// The most that it may be, whatever a pod asks for; 0 for no limit.
+        max_receive_kib_per_second: u32 = 0u32, in 0..=1_073_741_824u32;
+        /// What each network interface of a pod may send in a second, in KiB; 0 for the maximum.
+        send_kib_per_second: u32 = 0u32, in 0..=1_073_741_824u32;
+        /// The most that it may be, whatever a pod asks for; 0 for no limit.
+        max_send_kib_per_second: u32 = 0u32, in 0..=1_073_741_824u32;
+        /// What may pass at once, in KiB, where there is a limit and less has passed before.
+        network_burst_kib: u32 = 256u32, in 64..=1_048_576u32;
         /// How long the guest may take from power-on until its agent calls, in seconds.
         boot_timeout_seconds: u32 = 30u32, in 1..=3_600u32;
         /// The host user id that the VMM runs as once it is jailed. Nothing else on the host should have it.
@@ -159,7 +169,8 @@ settings! {
         host_network: bool = true;
         /// Settings that a pod may change for itself, each by an annotation: "hypervisor.default_vcpus" by
         /// io.vmshim.hypervisor.default_vcpus. Ranges and maxima hold for pods, too. It can have, besides that one,
-        /// hypervisor.boot_timeout_seconds, .default_memory_mib, .kernel_params, .nic_slots and .overhead_memory_mib.
+        /// hypervisor.boot_timeout_seconds, .default_memory_mib, .kernel_params, .nic_slots, .overhead_memory_mib,
+        /// .receive_kib_per_second and .send_kib_per_second.
         left_to_pods: LeftToPods = LeftToPods::default();
     }
 }

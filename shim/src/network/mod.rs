@@ -25,7 +25,7 @@ mod steering;
 mod tap;
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,21 +50,31 @@ pub struct Prepared {
     netns: Netns,
 }
 
+/// What a machine has for interfaces.
+#[derive(Debug, Clone, Copy)]
+pub struct Nics {
+    /// How many there can be.
+    pub slots: u8,
+    /// Queues of each tap.
+    pub queues: u8,
+}
+
 /// One interface.
 struct Interface {
-    tap: OwnedFd,
+    /// The queues of its tap.
+    tap: Vec<OwnedFd>,
     description: api::NetworkInterface,
 }
 
-/// Connects a tap to each interface of the network namespace at `path`, of which there may be `slots`. Waits for the
-/// kernel, and for modules that it may have to load.
+/// Connects a tap to each interface of the network namespace at `path`, of which there may be as many as the machine has
+/// for them. Waits for the kernel, and for modules that it may have to load.
 ///
 /// # Errors
 /// When the namespace or what is in it cannot be used. What has been made by then stands in the journal.
-pub fn prepare(path: &Path, slots: u8, journal: &Journal) -> Result<Prepared, NetworkError> {
+pub fn prepare(path: &Path, nics: Nics, journal: &Journal) -> Result<Prepared, NetworkError> {
     let netns = Netns::open(path)?;
     let (interfaces, servers, forwarder) = netns.run(|| {
-        let interfaces = prepare_interfaces(&netns, path, slots, journal)?;
+        let interfaces = prepare_interfaces(&netns, path, nics, journal)?;
         // Before the forwarder, which listens itself.
         let servers = servers::scan().map_err(NetworkError::host("see who listens"))?;
         let forwarder = Forwarder::new(&netns, &servers)
@@ -78,13 +88,13 @@ pub fn prepare(path: &Path, slots: u8, journal: &Journal) -> Result<Prepared, Ne
 fn prepare_interfaces(
     netns: &Netns,
     path: &Path,
-    slots: u8,
+    nics: Nics,
     journal: &Journal,
 ) -> Result<Vec<Interface>, NetworkError> {
     let mut netlink = Netlink::open().map_err(NetworkError::host("open a netlink socket"))?;
     let found = scan::scan(&mut netlink, path)?;
-    if found.len() > usize::from(slots) {
-        return Err(NetworkError::TooMany { found: found.len(), slots });
+    if found.len() > usize::from(nics.slots) {
+        return Err(NetworkError::TooMany { found: found.len(), slots: nics.slots });
     }
     let mut interfaces = Vec::with_capacity(found.len());
     for (slot, found) in (0u8..).zip(found) {
@@ -92,8 +102,8 @@ fn prepare_interfaces(
         description.slot = slot.into();
         let name = description.name.clone();
         log::debug!("interface {name} becomes NIC {slot}");
-        let tap = tap::create(slot, &name)?;
-        let tap_index = tap::set_up(&mut netlink, slot, description.mtu)?;
+        let tap = tap::create(slot, nics.queues, &name)?;
+        let tap_index = tap::set_up(&mut netlink, slot, nics.queues, description.mtu)?;
         let redirection = Redirection {
             netns: path.to_owned(),
             inode: netns.inode(),
@@ -121,7 +131,7 @@ impl Prepared {
     ) -> Result<Servers, NetworkError> {
         let servers = Servers::new(self.netns, self.servers);
         for (slot, interface) in (0u8..).zip(&self.interfaces) {
-            vm.attach_nic(slot, interface.tap.as_fd(), deadline).await?;
+            vm.attach_nic(slot, &interface.tap, deadline).await?;
         }
         let interfaces = self.interfaces.into_iter().map(|interface| interface.description).collect();
         let standing_in = servers.at().iter().copied().map(api::Endpoint::from).collect();

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use vmshim_protocol::agent::SetUpPodRequest;
 
-use super::{NetworkError, Servers, prepare};
+use super::{NetworkError, Nics, Servers, prepare};
 use crate::state::Journal;
 use crate::vm::Vm;
 
@@ -18,11 +18,11 @@ type Outcome = Result<Servers, Arc<NetworkError>>;
 pub struct Ready(watch::Receiver<Option<Outcome>>);
 
 impl Ready {
-    /// Begins to give the guest the interfaces of the network namespace at `path`, of which there may be `slots`, after the
+    /// Begins to give the guest the interfaces of the network namespace at `path`, which `nics` are for, after the
     /// pod's own namespaces where it has such in which they belong.
     pub fn begin(
         path: PathBuf,
-        slots: u8,
+        nics: Nics,
         namespaces: Option<SetUpPodRequest>,
         journal: Arc<Journal>,
         vm: Arc<Vm>,
@@ -30,7 +30,7 @@ impl Ready {
     ) -> Self {
         let (sender, receiver) = watch::channel(None);
         tokio::spawn(async move {
-            let prepared = tokio::task::spawn_blocking(move || prepare(&path, slots, &journal)).await;
+            let prepared = tokio::task::spawn_blocking(move || prepare(&path, nics, &journal)).await;
             let outcome = match prepared.unwrap_or(Err(NetworkError::Internal)) {
                 Ok(prepared) => prepared.apply(&vm, namespaces.as_ref(), deadline).await,
                 Err(error) => Err(error),

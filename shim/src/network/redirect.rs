@@ -37,6 +37,15 @@ pub fn has_ingress(netlink: &mut Netlink, index: u32) -> Result<bool, NetworkErr
     }))
 }
 
+/// Has frames go out at an interface without a queue.
+pub fn add_no_qdisc(netlink: &mut Netlink, index: u32) -> io::Result<()> {
+    let mut message = TcMessage::default();
+    message.header.index = index.cast_signed();
+    message.header.parent = TcHandle::ROOT;
+    message.attributes.push(TcAttribute::Kind("noqueue".to_owned()));
+    netlink.change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL)
+}
+
 /// Connects an interface and its tap in both directions.
 pub fn connect(
     netlink: &mut Netlink,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use vmshim_protocol::agent as api;
+use vmshim_protocol::nic::queue_pairs;
 
 use super::TaskError;
 use super::container::Container;
@@ -21,7 +22,7 @@ use crate::config::{Config, ConfigError, OptionsError, RuntimeOptions};
 use crate::events::Publisher;
 use crate::host_network::HostNetwork;
 use crate::ids::Name;
-use crate::network::Ready;
+use crate::network::{Nics, Ready};
 use crate::oci::{Limits, Spec, SpecError};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Life};
@@ -462,15 +463,17 @@ impl Prepared {
     fn launch(&self, id: &Name, dir: &PodDir, shape: Shape) -> Result<(Arc<Vm>, Option<Ready>), BootError> {
         let config = self.config.for_pod(&shape.annotations)?;
         let (hypervisor, runtime) = (&config.hypervisor, &config.runtime);
-        let nic_slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
+        let machine = Machine::new(&config, &shape.limits, host_memory_mib());
+        let slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
+        let nics = Nics { slots, queues: queue_pairs(machine.vcpus) };
         let launcher = Launcher {
             config: &config,
-            machine: Machine::new(&config, &shape.limits, host_memory_mib()),
+            machine,
             id: id.as_str(),
             shared: &dir.shared(),
             cgroup: shape.cgroup,
             oom_score: shape.oom_score,
-            nic_slots,
+            nic_slots: slots,
             debug: log::log_enabled!(log::Level::Debug),
         };
         let vm = launcher.launch(&self.journal, &self.reaper, || mount_shared(dir, &self.journal))?;
@@ -478,7 +481,7 @@ impl Prepared {
             let limit = hypervisor.boot_timeout_seconds + runtime.request_timeout_seconds;
             let deadline = Instant::now() + Duration::from_secs(limit.into());
             let namespaces = shape.namespaces;
-            Ready::begin(netns, nic_slots, namespaces, self.journal.clone(), vm.clone(), deadline)
+            Ready::begin(netns, nics, namespaces, self.journal.clone(), vm.clone(), deadline)
         });
         Ok((vm, network))
     }

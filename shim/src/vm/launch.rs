@@ -145,6 +145,8 @@ impl Launcher<'_> {
                 kernel_params: vm.kernel_params.clone(),
                 disk_slots: vm.disk_slots,
                 nic_slots: self.nic_slots,
+                receive_limit: vm.receive_limit(),
+                send_limit: vm.send_limit(),
                 uid: vm.uid,
                 gid: vm.gid,
             },

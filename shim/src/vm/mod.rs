@@ -12,7 +12,7 @@ mod machine;
 mod process;
 mod streams;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -158,17 +158,18 @@ impl Vm {
         self.request(Command::DetachDisk { slot }, &[], deadline).await
     }
 
-    /// Connects an idle NIC slot to a tap.
+    /// Connects an idle NIC slot to the queues of a tap.
     ///
     /// # Errors
     /// When the VMM refuses, does not answer in time, or is gone.
     pub async fn attach_nic(
         &self,
         slot: u8,
-        tap: BorrowedFd<'_>,
+        queues: &[OwnedFd],
         deadline: Instant,
     ) -> Result<(), ControlError> {
-        self.request(Command::AttachNic { slot }, &[(FdRole::Tap, tap)], deadline).await
+        let fds: Vec<_> = queues.iter().map(|queue| (FdRole::Tap, queue.as_fd())).collect();
+        self.request(Command::AttachNic { slot }, &fds, deadline).await
     }
 
     /// Stops the vCPUs.

@@ -19,7 +19,7 @@ pub enum ActivationError {
     MissingQueues {
         /// Queues that are ready.
         enabled: usize,
-        /// Queues that the device has.
+        /// Queues that have to be.
         needed: usize,
     },
     /// The host refused a resource.
@@ -31,7 +31,8 @@ pub enum ActivationError {
 pub struct Activation {
     /// Guest RAM, the only memory that a descriptor may name.
     pub memory: GuestRam,
-    /// The queues, validated and ready, in the device's order. Their configuration never changes again before a reset.
+    /// The queues that are needed, validated and ready, in the device's order. Their configuration never changes again
+    /// before a reset.
     pub queues: Vec<Queue>,
     /// Features the driver accepted, a subset of those offered.
     pub features: u64,
@@ -52,6 +53,11 @@ pub trait VirtioDevice: Send {
 
     /// The largest size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
+
+    /// How many of the queues, from the first on, the driver has to enable when it has accepted `features`.
+    fn queues_needed(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
 
     /// Feature bits offered, device-specific ones and ring features the device handles (`EVENT_IDX`, `INDIRECT_DESC`).
     /// The transport adds `VERSION_1`.

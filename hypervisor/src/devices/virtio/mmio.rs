@@ -232,11 +232,12 @@ impl MmioTransport {
 
     fn validated_queues(&self, registers: &Registers) -> Result<Vec<Queue>, ActivationError> {
         let event_idx = registers.driver_features & RING_EVENT_IDX != 0;
-        let pairs = registers.queues.iter().zip(&self.queue_sizes);
+        let needed = self.device.lock().queues_needed(registers.driver_features);
+        let configured = registers.queues.iter().zip(&self.queue_sizes).take(needed);
         let queues: Vec<Queue> =
-            pairs.filter_map(|(config, &max_size)| self.queue(config, max_size, event_idx)).collect();
-        if queues.len() < self.queue_sizes.len() {
-            let (enabled, needed) = (queues.len(), self.queue_sizes.len());
+            configured.filter_map(|(config, &max_size)| self.queue(config, max_size, event_idx)).collect();
+        let enabled = queues.len();
+        if enabled < needed {
             return Err(ActivationError::MissingQueues { enabled, needed });
         }
         Ok(queues)

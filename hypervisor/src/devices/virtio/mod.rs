@@ -5,6 +5,7 @@ mod interrupt;
 mod mmio;
 mod responder;
 mod service;
+mod throttle;
 mod worker;
 
 pub mod balloon;
@@ -18,6 +19,7 @@ pub mod vsock;
 pub use device::{Activation, ActivationError, VirtioDevice};
 pub use interrupt::Interrupt;
 pub use mmio::{MMIO_WINDOW, MmioTransport, QUEUE_NOTIFY};
+pub use throttle::{Bucket, Throttle};
 pub use worker::{Doorbells, SharedDevice};
 
 /// Device type of a slot with nothing in it (virtio 1.2, sections 4.2.2 and 5).

@@ -3,7 +3,7 @@
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
-use super::{Activation, ActivationError, Interrupt};
+use super::{Activation, ActivationError, Interrupt, Throttle};
 use crate::event_loop::{Interest, Registrar};
 use crate::memory::GuestRam;
 
@@ -11,10 +11,10 @@ use crate::memory::GuestRam;
 /// that a guest which never stops asking cannot keep others from the lock.
 const BUDGET: usize = 32;
 
-/// Token of the event by which a service continues.
+/// Token of the event by which the service of a device with no other continues.
 const CONTINUE: u32 = 0;
 
-/// A device with one queue of requests.
+/// A queue of requests.
 pub struct Service {
     memory: GuestRam,
     queue: Queue,
@@ -30,6 +30,14 @@ impl Service {
     /// # Errors
     /// When there is no queue, or the process has no descriptors left.
     pub fn start(activation: Activation) -> Result<Self, ActivationError> {
+        Self::start_as(activation, CONTINUE)
+    }
+
+    /// The same for one of several, which continues by an event of the token `continued`.
+    ///
+    /// # Errors
+    /// As [`Service::start`].
+    pub fn start_as(activation: Activation, continued: u32) -> Result<Self, ActivationError> {
         let Activation { memory, queues, interrupt, registrar, .. } = activation;
         let enabled = queues.len();
         let Some(queue) = queues.into_iter().next() else {
@@ -37,18 +45,23 @@ impl Service {
         };
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let unfinished = EventFd::from_flags(flags).map_err(|errno| ActivationError::Host(errno.into()))?;
-        registrar.add(&unfinished, Interest::READ, CONTINUE).map_err(ActivationError::Host)?;
+        registrar.add(&unfinished, Interest::READ, continued).map_err(ActivationError::Host)?;
         Ok(Self { memory, queue, interrupt, registrar, unfinished, broken: false })
     }
 
     /// Answers waiting requests with `answer`, which returns how many bytes it has written to the chain.
-    pub fn serve(&mut self, answer: impl FnMut(&GuestRam, Chain) -> u32) {
+    pub fn serve(&mut self, mut answer: impl FnMut(&GuestRam, Chain) -> u32) {
+        self.serve_within(&mut Throttle::none(), |memory, chain| (answer(memory, chain), 0));
+    }
+
+    /// The same as far as `limit` allows; its timer then says when to go on. `answer` also returns how many bytes count.
+    pub fn serve_within(&mut self, limit: &mut Throttle, answer: impl FnMut(&GuestRam, Chain) -> (u32, u64)) {
         // Fails when nothing is there to be read, which is the usual case.
         let _ = self.unfinished.read();
         if self.broken {
             return;
         }
-        if let Err(error) = self.try_serve(answer) {
+        if let Err(error) = self.try_serve(limit, answer) {
             // Rings that cannot be read: no single request can answer for that.
             crate::log::guest(format_args!("a virtqueue is broken: {error}"));
             self.broken = true;
@@ -56,26 +69,37 @@ impl Service {
         }
     }
 
+    /// Has the queue looked at, whether or not its doorbell is rung.
+    pub fn wake(&self) {
+        // The counter cannot be full: it is read before each round.
+        let _ = self.unfinished.write(1);
+    }
+
     fn try_serve(
         &mut self,
-        mut answer: impl FnMut(&GuestRam, Chain) -> u32,
+        limit: &mut Throttle,
+        mut answer: impl FnMut(&GuestRam, Chain) -> (u32, u64),
     ) -> Result<(), virtio_queue::Error> {
-        let mut served = 0;
+        let (mut served, mut admitted) = (0, true);
         loop {
             self.queue.disable_notification(&*self.memory)?;
             while served < BUDGET {
+                admitted = limit.admits();
+                if !admitted {
+                    break;
+                }
                 let Some(chain) = self.next()? else { break };
                 let head = chain.head_index();
-                let written = answer(&self.memory, chain);
+                let (written, counted) = answer(&self.memory, chain);
+                limit.charge(counted);
                 self.queue.add_used(&*self.memory, head, written)?;
                 served += 1;
             }
             if served == BUDGET {
-                // The counter cannot be full: it is read before each round.
-                let _ = self.unfinished.write(1);
+                self.wake();
                 break;
             }
-            if !self.queue.enable_notification(&*self.memory)? {
+            if !admitted || !self.queue.enable_notification(&*self.memory)? {
                 break;
             }
         }

@@ -14,12 +14,12 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 use vmshim_protocol::control::DeviceStatistics;
 
+use super::MAX_FRAME;
 use super::header::{BUFFERS_AT, HEADER};
 use super::tap::Tap;
 use super::used::Used;
-use super::{CONTINUE_RECEIVING, MAX_FRAME};
-use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::service::Chain;
+use crate::devices::virtio::{Interrupt, Throttle};
 use crate::event_loop::{Interest, Registrar};
 use crate::memory::GuestRam;
 
@@ -67,16 +67,17 @@ struct Buffer {
 }
 
 impl Receiver {
-    /// A receiver without buffers.
+    /// A receiver without buffers, which continues by an event of the token `continued`.
     pub fn new(
         memory: GuestRam,
         queue: Queue,
         mergeable: bool,
         interrupt: Interrupt,
         registrar: &Registrar,
+        continued: u32,
     ) -> io::Result<Self> {
         let unfinished = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        registrar.add(&unfinished, Interest::READ, CONTINUE_RECEIVING)?;
+        registrar.add(&unfinished, Interest::READ, continued)?;
         Ok(Self {
             memory,
             queue,
@@ -99,14 +100,14 @@ impl Receiver {
         let _ = self.unfinished.write(1);
     }
 
-    /// Delivers frames until there are none, or no buffers for one.
-    pub fn receive(&mut self, tap: &Tap, statistics: &mut DeviceStatistics) {
+    /// Delivers frames until there are none, no buffers for one, or `limit` is reached.
+    pub fn receive(&mut self, tap: &Tap, limit: &mut Throttle, statistics: &mut DeviceStatistics) {
         // Fails when nothing is there to be read, which is the usual case.
         let _ = self.unfinished.read();
         if self.broken || !self.readable {
             return;
         }
-        if let Err(error) = self.try_receive(tap, statistics) {
+        if let Err(error) = self.try_receive(tap, limit, statistics) {
             crate::log::guest(format_args!("{}: a virtqueue is broken: {error}", statistics.name));
             self.broken = true;
             self.interrupt.signal_needs_reset();
@@ -116,6 +117,7 @@ impl Receiver {
     fn try_receive(
         &mut self,
         tap: &Tap,
+        limit: &mut Throttle,
         statistics: &mut DeviceStatistics,
     ) -> Result<(), virtio_queue::Error> {
         let mut delivered = 0;
@@ -123,13 +125,15 @@ impl Receiver {
             self.queue.disable_notification(&*self.memory)?;
             self.starving = false;
         }
-        while self.readable && delivered < BUDGET && self.fill(statistics)? {
+        while self.readable && delivered < BUDGET && limit.admits() && self.fill(statistics)? {
             // SAFETY: the vectors are ranges of RAM that `memory` keeps mapped.
             match unsafe { tap.read(&self.held.vectors) } {
                 Ok(bytes) => {
                     self.deliver(bytes)?;
+                    let frame = u64::try_from(bytes.saturating_sub(HEADER)).unwrap_or(0);
+                    limit.charge(frame);
                     statistics.requests += 1;
-                    statistics.read_bytes += u64::try_from(bytes.saturating_sub(HEADER)).unwrap_or(0);
+                    statistics.read_bytes += frame;
                     delivered += 1;
                 }
                 Err(Errno::EINTR) => {}

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::libc::{self, c_int, iovec};
+use nix::libc::{self, c_int, c_short, c_uint, iovec};
 
 use super::feature;
 use super::header::HEADER;
@@ -19,17 +19,27 @@ pub enum TapError {
     /// A tap that speaks another way.
     #[error("the tap must be made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
     Mode,
+    /// Another number of queues.
+    #[error("the slot needs {needed} queues of its tap, and {came} came along")]
+    Queues {
+        /// Descriptors that came.
+        came: usize,
+        /// Queue pairs of the slot.
+        needed: usize,
+    },
     /// The host refuses what the driver has negotiated.
     #[error("the host refuses to set up the tap")]
     Host(#[source] io::Error),
 }
 
 mod request {
-    use nix::libc::{c_int, ifreq};
+    use nix::libc::{c_int, c_uint, ifreq};
 
+    nix::ioctl_read_bad!(get_features, 0x8004_54cf, c_uint);
     nix::ioctl_read_bad!(get_interface, 0x8004_54d2, ifreq);
     nix::ioctl_write_ptr_bad!(set_header_size, 0x4004_54d8, c_int);
     nix::ioctl_write_int_bad!(set_offload, 0x4004_54d0);
+    nix::ioctl_write_ptr_bad!(set_queue, 0x4004_54d9, ifreq);
 }
 
 /// What the host may leave to the guest (`TUN_F_*`).
@@ -42,7 +52,15 @@ mod offload {
     pub const ECN: c_int = 8;
 }
 
-/// A tap whose frames have a header of [`HEADER`] bytes in front. Reading and writing never wait.
+/// What the host calls the use of a queue (`TUNSETQUEUE`).
+mod queue {
+    use nix::libc::c_short;
+
+    pub const ATTACH: c_short = 0x0200;
+    pub const DETACH: c_short = 0x0400;
+}
+
+/// A queue of a tap whose frames have a header of [`HEADER`] bytes in front. Reading and writing never wait.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
@@ -52,8 +70,23 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Takes over a tap.
-    pub fn new(fd: OwnedFd) -> Result<Self, TapError> {
+    /// Takes over the queues of one tap, of which all but the first are detached.
+    pub fn all(fds: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
+        let mut fds = fds.into_iter();
+        let first = fds.next().map(Self::new);
+        first.into_iter().chain(fds.map(Self::detached)).collect()
+    }
+
+    /// Takes over a queue that is detached, of which the host says no more than whose it is.
+    fn detached(fd: OwnedFd) -> Result<Self, TapError> {
+        let mut features: c_uint = 0;
+        // SAFETY: the request fills the number.
+        unsafe { request::get_features(fd.as_raw_fd(), &raw mut features) }
+            .map_err(|errno| TapError::NotTap(errno.into()))?;
+        Self::of(fd)
+    }
+
+    fn new(fd: OwnedFd) -> Result<Self, TapError> {
         // SAFETY: `ifreq` is a plain structure, all zero is a valid value of it.
         let mut interface: libc::ifreq = unsafe { std::mem::zeroed() };
         // SAFETY: the request fills the structure.
@@ -69,12 +102,40 @@ impl Tap {
         // SAFETY: the request reads one number.
         unsafe { request::set_header_size(fd.as_raw_fd(), &raw const size) }
             .map_err(|errno| TapError::Host(errno.into()))?;
+        Self::of(fd)
+    }
+
+    fn of(fd: OwnedFd) -> Result<Self, TapError> {
         set_non_blocking(&fd).map_err(|errno| TapError::Host(errno.into()))?;
         Ok(Self {
             fd,
             #[cfg(test)]
             played: false,
         })
+    }
+
+    /// Lets the host put frames into a queue that is detached.
+    pub fn attach(&self) -> Result<(), TapError> {
+        self.set_queue(queue::ATTACH)
+    }
+
+    /// Has the host drop what is in the queue, and put no more into it.
+    pub fn detach(&self) -> Result<(), TapError> {
+        self.set_queue(queue::DETACH)
+    }
+
+    fn set_queue(&self, to: c_short) -> Result<(), TapError> {
+        #[cfg(test)]
+        if self.played {
+            return Ok(());
+        }
+        // SAFETY: `ifreq` is a plain structure, all zero is a valid value of it.
+        let mut interface: libc::ifreq = unsafe { std::mem::zeroed() };
+        interface.ifr_ifru.ifru_flags = to;
+        // SAFETY: the request reads the structure.
+        unsafe { request::set_queue(self.fd.as_raw_fd(), &raw const interface) }
+            .map(drop)
+            .map_err(|errno| TapError::Host(errno.into()))
     }
 
     /// Lets the host leave to the guest what its driver has said it can do.
@@ -148,8 +209,10 @@ mod tests {
 
     #[test]
     fn something_else_is_refused() {
-        let error = Tap::new(tempfile::tempfile().unwrap().into()).unwrap_err();
-        assert!(matches!(error, TapError::NotTap(_)));
+        for take in [Tap::new, Tap::detached] {
+            let error = take(tempfile::tempfile().unwrap().into()).unwrap_err();
+            assert!(matches!(error, TapError::NotTap(_)));
+        }
         let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
         assert!(matches!(Tap::new(socket.into()), Err(TapError::NotTap(_))));
     }

@@ -5,10 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use nix::sys::epoll::EpollTimeout;
 use proptest::prelude::*;
+use virtio_queue::Queue;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress};
+
+mod queues;
 
 use super::*;
 use crate::devices::virtio::{Doorbells, SharedDevice};
@@ -17,8 +20,10 @@ use crate::memory::GuestRam;
 use header::HEADER;
 
 const RAM: u64 = 8 << 20;
+/// From one queue's rings to the next one's.
+const RINGS: u64 = 0x1_0000;
 const RX_RING: u64 = 0;
-const TX_RING: u64 = 0x1_0000;
+const TX_RING: u64 = RINGS;
 const USED_RING: u64 = 0x8000;
 const DATA: u64 = 0x10_0000;
 
@@ -31,19 +36,29 @@ struct Bench {
     doorbells: Arc<Doorbells>,
     event_loop: EventLoop,
     host: UnixDatagram,
+    /// The other queues of the tap.
+    others: Vec<UnixDatagram>,
     interrupt: Interrupt,
 }
 
+/// A descriptor: address, length, flags.
+type Piece = (u64, u32, u16);
+
 impl Bench {
-    /// A running device with the chains given: (address, length, flags) each.
-    fn new(features: u64, receive: &[&[(u64, u32, u16)]], send: &[&[(u64, u32, u16)]]) -> Self {
+    /// A running device of one pair with the chains given.
+    fn new(features: u64, receive: &[&[Piece]], send: &[&[Piece]]) -> Self {
+        Self::of(1, Limits::NONE, features, &[receive, send])
+    }
+
+    /// A running device with the chains given for each of its queues that are needed.
+    fn of(pairs: u8, limits: Limits, features: u64, chains: &[&[&[Piece]]]) -> Self {
         let memory = GuestRam::new(RAM).unwrap();
         let event_loop = EventLoop::new().unwrap();
-        let net = Arc::new(Mutex::new(Net::new(3)));
+        let net = Arc::new(Mutex::new(Net::new(3, pairs, limits)));
         let shared = SharedDevice::new(net.clone());
         let doorbells = shared.doorbells(&event_loop).unwrap();
         let interrupt = Interrupt::new().unwrap();
-        let queue = |base, chains: &[&[(u64, u32, u16)]]| {
+        let queue = |(base, chains): (u64, &&[&[Piece]])| {
             let mock = MockSplitQueue::create(&*memory, GuestAddress(base), 128);
             let chains: Vec<RawDescriptor> = descriptors(chains);
             if !chains.is_empty() {
@@ -56,17 +71,17 @@ impl Bench {
         };
         let activation = Activation {
             memory: memory.clone(),
-            queues: vec![queue(RX_RING, receive), queue(TX_RING, send)],
+            queues: (0..).step_by(usize::try_from(RINGS).unwrap()).zip(chains).map(queue).collect(),
             features,
             interrupt: interrupt.clone(),
             registrar: shared.registrar(&event_loop),
         };
-        let (host, tap) = UnixDatagram::pair().unwrap();
-        host.set_nonblocking(true).unwrap();
+        let (mut hosts, taps): (Vec<_>, Vec<_>) = (0..pairs).map(|_| played()).unzip();
         lock(&net).activate(activation).unwrap();
         shared.set_active(true);
-        lock(&net).connect(Tap::played(tap)).unwrap();
-        Self { memory, net, doorbells, event_loop, host, interrupt }
+        lock(&net).connect(taps).unwrap();
+        let host = hosts.remove(0);
+        Self { memory, net, doorbells, event_loop, host, others: hosts, interrupt }
     }
 
     fn ring(&self, queue: usize) {
@@ -87,15 +102,17 @@ impl Bench {
 
     /// What the host's end gets, if anything.
     fn sent(&self) -> Option<Vec<u8>> {
-        let mut buffer = vec![0; 70_000];
-        let count = self.host.recv(&mut buffer).ok()?;
-        buffer.truncate(count);
-        Some(buffer)
+        received(&self.host)
     }
 
     /// Head and length of each used chain of the receive queue.
     fn used(&self) -> Vec<(u32, u32)> {
-        let ring = RX_RING + USED_RING;
+        self.used_of(0)
+    }
+
+    /// Head and length of each used chain of a queue.
+    fn used_of(&self, queue: u64) -> Vec<(u32, u32)> {
+        let ring = queue * RINGS + USED_RING;
         let index: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
         let element = |place| self.memory.read_obj::<[u32; 2]>(GuestAddress(ring + 4 + 8 * place)).unwrap();
         (0..u64::from(index)).map(element).map(|[head, bytes]| (head, bytes)).collect()
@@ -108,11 +125,25 @@ impl Bench {
 
 use crate::sync::lock;
 
+/// A queue of a tap that a socket stands in for, and the host's end of it.
+fn played() -> (UnixDatagram, Tap) {
+    let (host, tap) = UnixDatagram::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    (host, Tap::played(tap))
+}
+
+fn received(host: &UnixDatagram) -> Option<Vec<u8>> {
+    let mut buffer = vec![0; 70_000];
+    let count = host.recv(&mut buffer).ok()?;
+    buffer.truncate(count);
+    Some(buffer)
+}
+
 fn pattern(index: usize) -> u8 {
     u8::try_from(index % 251).unwrap()
 }
 
-fn descriptors(chains: &[&[(u64, u32, u16)]]) -> Vec<RawDescriptor> {
+fn descriptors(chains: &[&[Piece]]) -> Vec<RawDescriptor> {
     let mut index = 0;
     let mut all = Vec::new();
     for chain in chains {
@@ -129,22 +160,22 @@ const PLAIN: [u8; HEADER] = [0; HEADER];
 
 #[test]
 fn a_slot_shows_its_name_and_its_link() {
-    let mut net = Net::new(3);
+    let mut net = Net::new(3, 1, Limits::NONE);
     let config = |net: &Net| {
         let mut data = [0xee; 12];
         net.read_config(0, &mut data);
         data
     };
     assert_eq!(config(&net), [2, b'v', b'm', b's', b'h', 3, 0, 0, 0, 0, 0, 0]);
-    let (_host, tap) = UnixDatagram::pair().unwrap();
-    net.connect(Tap::played(tap)).unwrap();
+    let (_host, tap) = played();
+    net.connect(vec![tap]).unwrap();
     assert_eq!(config(&net)[6..8], [1, 0]);
     for offset in [8, 4096, u32::MAX] {
         let mut data = [0xee; 4];
         net.read_config(offset, &mut data);
         assert_eq!(data, [0; 4]);
     }
-    assert!(!net.attach(tempfile::tempfile().unwrap().into()).unwrap());
+    assert!(!net.attach(vec![tempfile::tempfile().unwrap().into()]).unwrap());
 }
 
 #[test]
@@ -167,9 +198,9 @@ fn a_frame_of_many_pieces_is_sent_as_one_packet() {
 
 #[test]
 fn malformed_frames_are_dropped_and_the_next_one_passes() {
-    let long: Vec<(u64, u32, u16)> = (0..120).map(|_| (DATA, 600, 0)).collect();
+    let long: Vec<Piece> = (0..120).map(|_| (DATA, 600, 0)).collect();
     let good = [(DATA, 72, 0)];
-    let bad: [&[(u64, u32, u16)]; 6] = [
+    let bad: [&[Piece]; 6] = [
         &[(DATA, 11, 0)],
         &[(DATA, 25, 0)],
         &[(DATA, 72, WRITE)],
@@ -197,8 +228,8 @@ fn a_header_that_was_not_negotiated_is_not_passed_on() {
 
 #[test]
 fn a_frame_fills_as_many_buffers_as_it_needs() {
-    let buffers: Vec<[(u64, u32, u16); 1]> = (0..100).map(|at| [(DATA + at * 2048, 1000, WRITE)]).collect();
-    let chains: Vec<&[(u64, u32, u16)]> = buffers.iter().map(|chain| &chain[..]).collect();
+    let buffers: Vec<[Piece; 1]> = (0..100).map(|at| [(DATA + at * 2048, 1000, WRITE)]).collect();
+    let chains: Vec<&[Piece]> = buffers.iter().map(|chain| &chain[..]).collect();
     let bench = Bench::new(FEATURES, &chains, &[]);
     let frames: [usize; 3] = [60, 2990, 988];
     for bytes in frames {
@@ -233,8 +264,8 @@ fn frames_wait_for_buffers() {
 /// Otherwise a driver with a short ring would wait for frames, and the device for buffers.
 #[test]
 fn a_ring_that_is_held_whole_is_enough() {
-    let buffers: Vec<[(u64, u32, u16); 1]> = (0..128).map(|at| [(DATA + at * 2048, 100, WRITE)]).collect();
-    let chains: Vec<&[(u64, u32, u16)]> = buffers.iter().map(|chain| &chain[..]).collect();
+    let buffers: Vec<[Piece; 1]> = (0..128).map(|at| [(DATA + at * 2048, 100, WRITE)]).collect();
+    let chains: Vec<&[Piece]> = buffers.iter().map(|chain| &chain[..]).collect();
     let bench = Bench::new(FEATURES, &chains, &[]);
     bench.host.send(&[7; 72]).unwrap();
     bench.settle();
@@ -243,7 +274,7 @@ fn a_ring_that_is_held_whole_is_enough() {
 
 #[test]
 fn buffers_that_are_none_come_back_empty() {
-    let bad: [&[(u64, u32, u16)]; 4] = [
+    let bad: [&[Piece]; 4] = [
         &[(DATA, 2000, 0)],
         &[(DATA, 11, WRITE), (DATA, 2000, WRITE)],
         &[(RAM, 2000, WRITE)],
@@ -263,7 +294,7 @@ fn buffers_that_are_none_come_back_empty() {
 #[test]
 fn a_ring_full_of_nonsense_is_given_back_in_turns() {
     let bad = [(DATA, 2000, 0)];
-    let chains: Vec<&[(u64, u32, u16)]> = vec![&bad[..]; 127];
+    let chains: Vec<&[Piece]> = vec![&bad[..]; 127];
     let good = [(DATA, 2000, WRITE)];
     let chains = [chains, vec![&good[..]]].concat();
     let bench = Bench::new(FEATURES & !feature::MRG_RXBUF, &chains, &[]);
@@ -307,7 +338,7 @@ proptest! {
         features in 0..=FEATURES,
     ) {
         // Away from the rings, which others break.
-        let away = |(address, len, flags): (u64, u32, u16)| (address.max(DATA), len, flags);
+        let away = |(address, len, flags): Piece| (address.max(DATA), len, flags);
         let receive: Vec<_> = receive.into_iter().map(away).collect();
         let send: Vec<_> = send.into_iter().map(away).collect();
         let bench = Bench::new(features & FEATURES & !RING_INDIRECT_DESC, &[&receive], &[&send]);

@@ -17,21 +17,25 @@ const MAX_PIECES: usize = 128;
 /// The shortest frame: an Ethernet header.
 const MIN_FRAME: usize = 14;
 
-/// Sends the frame of a chain, or drops it.
+/// Sends the frame of a chain, or drops it. Returns how many bytes were sent.
 pub fn send(
     memory: &GuestRam,
     chain: Chain,
     features: u64,
     tap: Option<&Tap>,
     statistics: &mut DeviceStatistics,
-) {
+) -> u64 {
     let sent = Frame::parse(memory, chain, features).zip(tap).and_then(|(frame, tap)| frame.write(tap));
     match sent {
         Some(bytes) => {
             statistics.requests += 1;
             statistics.written_bytes += bytes;
+            bytes
         }
-        None => statistics.errors += 1,
+        None => {
+            statistics.errors += 1;
+            0
+        }
     }
 }
 
