@@ -20,6 +20,7 @@ mod tap;
 mod transmit;
 mod used;
 
+use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
@@ -185,6 +186,18 @@ impl Net {
         Ok(())
     }
 
+    /// Waits for frames of the tap and for the limits' timers.
+    fn begin(&mut self) -> io::Result<()> {
+        let Self { taps, active: Some(active), limits, .. } = self else { return Ok(()) };
+        active.pairs.connect(taps).map_err(io::Error::other)?;
+        for (throttle, token) in [(&limits.send, MAY_SEND), (&limits.receive, MAY_RECEIVE)] {
+            if let Some(timer) = throttle.timer() {
+                active.registrar.add(timer, Interest::READ, token)?;
+            }
+        }
+        Ok(())
+    }
+
     fn receive(&mut self, pair: usize) {
         let Self { taps, active: Some(active), limits, statistics, .. } = self else { return };
         active.pairs.receive(pair, taps, &mut limits.receive, statistics);
@@ -279,18 +292,12 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivationError> {
         let (features, needed) = (activation.features, self.queues_needed(activation.features));
-        let mut pairs = Pairs::start(needed / PAIR_SIZES.len(), &mut activation)?;
+        let pairs = Pairs::start(needed / PAIR_SIZES.len(), &mut activation)?;
         let (interrupt, registrar) = (activation.interrupt.clone(), activation.registrar.clone());
         let has_control = features & feature::CTRL_VQ != 0;
         let control = has_control.then(|| Service::start_as(activation, COMMANDS)).transpose()?;
-        for (throttle, token) in [(&self.limits.send, MAY_SEND), (&self.limits.receive, MAY_RECEIVE)] {
-            if let Some(timer) = throttle.timer() {
-                registrar.add(timer, Interest::READ, token).map_err(ActivationError::Host)?;
-            }
-        }
-        pairs.connect(&self.taps).map_err(|error| ActivationError::Host(std::io::Error::other(error)))?;
         self.active = Some(Active { pairs, turn: 0, control, interrupt, registrar });
-        Ok(())
+        self.begin().inspect_err(|_| self.reset()).map_err(ActivationError::Host)
     }
 
     fn reset(&mut self) {
