@@ -21,6 +21,7 @@ mod isolation;
 mod kill;
 mod layers;
 mod limits;
+mod links;
 mod network;
 mod pods;
 mod restart;

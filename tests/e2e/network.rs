@@ -18,7 +18,7 @@ use crate::kill::{processes, wait_for};
 const MUCH: usize = 16 << 20;
 
 /// The same where it is only to be shown that it arrives, since an emulated CPU takes half a minute for [`MUCH`].
-const SOME: usize = 1 << 20;
+pub const SOME: usize = 1 << 20;
 
 const MAC: &str = "02:00:00:00:00:aa";
 const DMZ_MAC: &str = "02:00:00:00:00:dd";
@@ -31,7 +31,7 @@ const NET_V6: &str = "fd00:9::N/64";
 const VLAN: &[&str] = &["vlan", "id", "5"];
 
 /// Two network namespaces joined by an interface of the pod's, deleted when dropped.
-struct Pair {
+pub struct Pair {
     pod: String,
     peer: String,
     /// The one in between, where the pod's interface is not the end of a cable itself.
@@ -100,7 +100,7 @@ impl Pair {
     }
 
     /// With addresses, routes and a neighbour, as CNI makes them.
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let pair = Self::bare(name);
         pair.address("veth0", "eth0", &[NET_V4, NET_V6]);
         let pod = |arguments: &[&str]| ip(&[&["-n", pair.pod.as_str()], arguments].concat());
@@ -121,12 +121,12 @@ impl Pair {
     }
 
     /// The option of `ctr run` by which a container joins.
-    fn option(&self) -> String {
+    pub fn option(&self) -> String {
         format!("network:/run/netns/{}", self.pod)
     }
 
     /// Everything that is set in the pod's namespace.
-    fn settings(&self) -> String {
+    pub fn settings(&self) -> String {
         let pod = |arguments: &[&str]| ip(&[&["-n", self.pod.as_str()], arguments].concat());
         // Without what passes of itself: counters, and neighbours that were heard of.
         [
@@ -138,6 +138,11 @@ impl Pair {
             run("tc", &["-n", &self.pod, "qdisc"]),
         ]
         .concat()
+    }
+
+    /// What a program says that runs in the pod's namespace.
+    pub fn in_pod(&self, program: &str, arguments: &[&str]) -> String {
+        ip(&[&["netns", "exec", &self.pod, program], arguments].concat())
     }
 
     /// A server of the peer that does `serve` with its first client.
@@ -191,10 +196,10 @@ fn run(program: &str, arguments: &[&str]) -> String {
 }
 
 /// What a container and its peer say to each other.
-struct Talk<'a> {
-    pair: &'a Pair,
-    container: &'a Background<'a>,
-    bytes: usize,
+pub struct Talk<'a> {
+    pub pair: &'a Pair,
+    pub container: &'a Background<'a>,
+    pub bytes: usize,
 }
 
 impl Talk<'_> {
@@ -207,29 +212,39 @@ impl Talk<'_> {
     }
 
     /// The container calls and the peer sends.
-    fn down(&self, address: &str) {
+    pub fn down(&self, address: &str) {
+        self.down_by("", address);
+    }
+
+    /// The same, calling by `nc` behind another program.
+    pub fn down_by(&self, by: &str, address: &str) {
         let pattern = pattern(self.bytes);
         let (expected, _) = digest(&pattern[..]).unwrap();
         let served = self.pair.serve(address, move |mut client| client.write_all(&pattern).unwrap());
-        let line = format!("nc -w 60 {} </dev/null | sha256sum", words(address));
+        let line = format!("{by}nc -w 60 {} </dev/null | sha256sum", words(address));
         let digested = self.inside(&format!("down-{}", name_of(address)), &line);
         served.join().unwrap();
         assert_eq!(digested.split_whitespace().next(), Some(expected.as_str()), "{address}");
     }
 
     /// The container calls and sends.
-    fn up(&self, address: &str) {
+    pub fn up(&self, address: &str) {
+        self.up_by("", address);
+    }
+
+    /// The same, calling by `nc` behind another program.
+    pub fn up_by(&self, by: &str, address: &str) {
         let length = u64::try_from(self.bytes).unwrap();
         let served = self.pair.serve(address, move |client| {
             assert_eq!(digest(client).unwrap(), digest(std::io::repeat(0).take(length)).unwrap());
         });
-        let line = format!("head -c {length} /dev/zero | nc -w 60 {}", words(address));
+        let line = format!("head -c {length} /dev/zero | {by}nc -w 60 {}", words(address));
         self.inside(&format!("up-{}", name_of(address)), &line);
         served.join().unwrap();
     }
 
     /// Somebody in a namespace calls and the container sends.
-    fn inwards(&self, from: &str, address: &'static str) {
+    pub fn inwards(&self, from: &str, address: &'static str) {
         let caller = at(from, move || first_answer(address));
         let port = address.rsplit(':').next().unwrap();
         self.inside(&format!("server-{port}"), &format!("echo hello from the guest | nc -l -p {port}"));

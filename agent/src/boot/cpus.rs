@@ -9,6 +9,15 @@ pub fn are_several() -> bool {
     Path::new("/sys/devices/system/cpu/cpu1").exists()
 }
 
+/// How many are online.
+pub fn count() -> u32 {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)
+        .ok()
+        .flatten()
+        .and_then(|count| u32::try_from(count).ok())
+        .unwrap_or(1)
+}
+
 /// Brings every present CPU online.
 pub fn bring_online() {
     let Ok(entries) = fs::read_dir("/sys/devices/system/cpu") else { return };

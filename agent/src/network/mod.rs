@@ -7,9 +7,11 @@
 mod home;
 pub mod loopback;
 mod messages;
+mod queues;
 mod request;
 mod tcp;
 
+use crate::boot::cpus;
 use crate::failure::{Failure, Kind, describe};
 use crate::log;
 use crate::sys::slots;
@@ -98,12 +100,23 @@ fn apply(interfaces: &[Interface]) -> Result<(), Failure> {
     // One may have the name that another shall have.
     for (interface, index) in &ours {
         let name = format!("vmshim{}", interface.slot);
-        netlink.change(messages::rename(*index, name), 0).map_err(talk)?;
+        netlink.change(messages::rename(*index, name.clone()), 0).map_err(talk)?;
+        use_queues(&name);
     }
     for (interface, index) in &ours {
         set_up(&mut netlink, interface, *index)?;
     }
     wait_for_links(&mut netlink, &mut changes, &ours)
+}
+
+/// One pair of queues carries everything, too.
+fn use_queues(interface: &str) {
+    let cpus = cpus::count();
+    if cpus > 1
+        && let Err(error) = queues::use_for(cpus, interface)
+    {
+        log::info(&format!("{interface} uses no more of its queues: {}", describe(&error)));
+    }
 }
 
 /// Indices of the virtio-net devices, by slot.

@@ -162,7 +162,7 @@ impl Agent for Service {
         request: ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         if cpus::are_several() {
-            // The driver of an interface uses as many queues as there are CPUs when it starts.
+            // An interface uses as many queues as there are CPUs.
             self.ready.cpus().await;
         }
         let servers = crate::network::configure(request, self.containers.home()?).await?;
