@@ -77,6 +77,7 @@ fn obey(words: &[&str]) -> Result<String> {
         ["online"] => online(),
         ["memory"] => memory(),
         ["touch", mib] => touch(mib.parse()?),
+        ["keep", mib] => keep(mib.parse()?),
         ["size", slot] => Ok(fs::read_to_string(disk(slot)?.0.join("size"))?.trim().to_owned()),
         ["read-only", slot] => Ok(fs::read_to_string(disk(slot)?.0.join("ro"))?.trim().to_owned()),
         ["write", slot, offset, length, byte] => {
@@ -175,6 +176,12 @@ fn touch(mib: usize) -> Result<String> {
     let memory = vec![1u8; mib << 20];
     let sum: usize = memory.chunks(4096).map(|page| usize::from(page[0])).sum();
     Ok((sum >> 8).to_string())
+}
+
+/// Uses memory for good.
+fn keep(mib: usize) -> Result<String> {
+    let memory = vec![1u8; mib << 20].leak();
+    Ok((memory.len() >> 20).to_string())
 }
 
 /// KiB that the kernel has.

@@ -20,8 +20,10 @@ const CAPACITY: usize = 2048;
 /// * `tsc=reliable no_timer_check`: there is neither a timer to calibrate against nor one to check.
 /// * `cryptomgr.notests`: the same code passed its self-tests when the kernel was built.
 /// * `8250.nr_uarts=1`: one serial port, no probing for more.
+/// * `memory_hotplug.online_policy=auto-movable`: memory that comes later is kept free of what cannot be moved, up to
+///   three times what the kernel has for that, so that it can go again.
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 maxcpus=1 random.trust_cpu=on tsc=reliable no_timer_check \
-    cryptomgr.notests 8250.nr_uarts=1";
+    cryptomgr.notests 8250.nr_uarts=1 memory_hotplug.online_policy=auto-movable";
 
 /// Why a command line cannot be given to the kernel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

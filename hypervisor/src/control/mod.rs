@@ -5,6 +5,7 @@
 //! since a mistake should be a sentence and not a crash. Sending waits for the shim, which reads what it is sent.
 
 mod descriptors;
+mod memory;
 mod outbox;
 
 use std::fs::File;
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmshim_protocol::control::{
     Command, ControlSocket, Event, Failure, FailureKind, FdRole, MAX_DISK_PIECES, MachineConfig, Message,
@@ -28,6 +30,7 @@ use crate::machine::{self, Ending, Machine, NicError, Parts, Plan, SlotError};
 use crate::sync::lock;
 use crate::{clock, log};
 use descriptors::Descriptors;
+use memory::{Awaited, bytes};
 use outbox::Outbox;
 
 /// Tokens of the server's descriptors.
@@ -35,6 +38,7 @@ const REQUEST: u32 = 0;
 const OUTBOX: u32 = 1;
 const ENDING: u32 = 2;
 const DEADLINE: u32 = 3;
+const RESIZED: u32 = 4;
 
 /// Serves the shim at the other end of `socket` until the machine is over, and ends the process.
 ///
@@ -48,6 +52,7 @@ pub fn serve(socket: ControlSocket, started_ns: u64) -> io::Result<std::convert:
     registrar.add(&server.outbox, Interest::READ, OUTBOX)?;
     registrar.add(&server.ending, Interest::READ, ENDING)?;
     registrar.add(&server.deadline, Interest::READ, DEADLINE)?;
+    registrar.add(&*server.resized, Interest::READ, RESIZED)?;
     event_loop.run()
 }
 
@@ -60,6 +65,8 @@ struct Server {
     streams: Streams,
     started_ns: u64,
     first_dial_ns: Arc<AtomicU64>,
+    /// Readable when the guest's memory has changed in size.
+    resized: Arc<EventFd>,
     life: Mutex<Life>,
 }
 
@@ -71,6 +78,7 @@ struct Life {
     machine: Option<Machine>,
     booted: bool,
     paused: bool,
+    awaited: Awaited,
 }
 
 impl Server {
@@ -91,6 +99,7 @@ impl Server {
             streams,
             started_ns,
             first_dial_ns,
+            resized: Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?),
             life: Mutex::default(),
         })
     }
@@ -110,10 +119,16 @@ impl Server {
 
     fn on_request(&self) {
         match self.socket.recv::<Request>() {
-            Ok((request, fds)) => {
-                let result = self.answer(request.command, &request.fds, fds);
-                self.send(&Message::Reply { id: request.id, result });
-            }
+            Ok((request, fds)) => match request.command {
+                Command::AwaitMemory { growth_mib } => {
+                    lock(&self.life).awaited.add(request.id, growth_mib);
+                    self.answer_awaited();
+                }
+                command => {
+                    let result = self.answer(command, &request.fds, fds);
+                    self.send(&Message::Reply { id: request.id, result });
+                }
+            },
             Err(SocketError::WouldBlock) => {}
             Err(SocketError::Closed) => self.shim_is_gone(),
             // There is no id to answer to.
@@ -147,6 +162,17 @@ impl Server {
                 life.machine()?.attach_nic(slot, queues).map_err(nic_failure)?;
                 Response::Done
             }
+            Command::ResizeMemory { growth_mib } => {
+                let machine = life.machine()?;
+                if !machine.resize_memory(bytes(growth_mib)) {
+                    return Err(invalid(format!("the machine's memory cannot grow by {growth_mib} MiB")));
+                }
+                drop(life);
+                self.answer_awaited();
+                Response::Done
+            }
+            // Answered later, by `answer_awaited`.
+            Command::AwaitMemory { .. } => Response::Done,
             Command::Expect { port } => {
                 life.machine()?;
                 let ends = StreamEnds::new(fds.take_streams()).map_err(invalid)?;
@@ -159,6 +185,19 @@ impl Server {
             }
         };
         Ok(response)
+    }
+
+    /// Answers those that wait for memory which the guest has got, or will not get.
+    fn answer_awaited(&self) {
+        // Fails when nothing has changed since.
+        let _ = self.resized.read();
+        let mut life = lock(&self.life);
+        let (wanted, has) = life.machine.as_ref().map(Machine::growth).unwrap_or_default();
+        let answers = life.awaited.answers(wanted, has);
+        drop(life);
+        for (id, result) in answers {
+            self.send(&Message::Reply { id, result });
+        }
     }
 
     fn configure(
@@ -180,6 +219,7 @@ impl Server {
         let identity = Identity { uid: plan.uid(), gid: plan.gid() };
         let shared = jail::enter(identity, fds.take_optional(FdRole::SharedDirectory))
             .map_err(|error| Failure { kind: FailureKind::Host, message: sentence(&error) })?;
+        let resized = Arc::clone(&self.resized);
         let parts = Parts {
             kvm,
             kernel: File::from(kernel),
@@ -188,6 +228,10 @@ impl Server {
             vsock_listener,
             streams: self.streams.clone(),
             ending: self.ending.clone(),
+            resized: Box::new(move || {
+                // Fails when the counter is full, and then the descriptor is readable.
+                let _ = resized.write(1);
+            }),
         };
         let built = machine::build(&plan, parts, &self.event_loop);
         life.machine =
@@ -274,6 +318,7 @@ impl Handler for Server {
             OUTBOX => self.send_events(),
             ENDING => self.on_ending(),
             DEADLINE => self.on_deadline(),
+            RESIZED => self.answer_awaited(),
             _ => {}
         }
     }

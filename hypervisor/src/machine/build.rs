@@ -20,7 +20,9 @@ use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError, Pl
 use crate::devices::legacy::Console;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::Blk;
+
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
+use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pmem::{Persistent, Pmem};
 use crate::devices::virtio::rng::{Entropy, Rng};
@@ -51,6 +53,8 @@ pub struct Parts {
     pub streams: Streams,
     /// Where the machine's end is declared.
     pub ending: Ending,
+    /// Called on the `io` thread when the guest has more memory or less.
+    pub resized: Box<dyn Fn() + Send>,
 }
 
 /// Why a machine cannot be built.
@@ -103,7 +107,7 @@ impl BuildError {
 /// # Errors
 /// See [`BuildError`]. What was built so far goes away with the process, which has no use any more.
 pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, BuildError> {
-    let ram = GuestRam::new(plan.memory_bytes())?;
+    let ram = GuestRam::growing(plan.memory_bytes(), plan.growth_bytes())?;
     let vm = Vm::new(parts.kvm, &ram)?;
     let console = Console::default();
     let mut platform = Platform::default();
@@ -136,6 +140,11 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     let nics: Vec<_> = (0..plan.nic_slots()).map(|slot| nic(plan, slot)).collect::<io::Result<_>>()?;
     for nic in &nics {
         platform.add_virtio(&vm, &ram, &net_loop, SharedDevice::new(nic.clone()))?;
+    }
+
+    let mem = ram.growth().map(|growth| Arc::new(Mutex::new(Mem::new(growth.clone(), parts.resized))));
+    if let Some(mem) = &mem {
+        platform.add_virtio(&vm, &ram, io, SharedDevice::new(mem.clone()))?;
     }
 
     let parameters = root_image.kernel_parameters();
@@ -189,7 +198,8 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
         })?;
     }
     jail::confine(Role::Io)?;
-    Ok(Machine { _vm: vm.fd, gate, slots, nics, vsock, devices: platform.devices, console, first_run, exits })
+    let devices = platform.devices;
+    Ok(Machine { _vm: vm.fd, gate, slots, nics, mem, vsock, devices, console, first_run, exits })
 }
 
 fn nic(plan: &Plan, slot: u8) -> io::Result<Arc<Mutex<Net>>> {

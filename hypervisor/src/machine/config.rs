@@ -1,6 +1,6 @@
 //! The machine that was asked for, once its numbers have been checked.
 
-use vmshim_protocol::control::{MachineConfig, RateLimit};
+use vmshim_protocol::control::{GROWTH_STEP_MIB, MachineConfig, RateLimit};
 
 use crate::boot::MAX_VCPUS;
 
@@ -19,6 +19,11 @@ pub enum ConfigError {
     /// Too little for any kernel, or absurd.
     #[error("a machine has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB of memory, not {0}")]
     Memory(u32),
+    /// Not in steps, or absurd.
+    #[error(
+        "a machine grows by at most {MAX_MEMORY_MIB} MiB of memory, in steps of {GROWTH_STEP_MIB} MiB, not by {0}"
+    )]
+    Growth(u32),
     /// Too many.
     #[error("a machine has at most {MAX_SLOTS} disk and NIC slots together, not {disks} and {nics}")]
     Slots {
@@ -46,6 +51,9 @@ impl TryFrom<MachineConfig> for Plan {
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory_mib) {
             return Err(ConfigError::Memory(config.memory_mib));
         }
+        if config.growth_mib > MAX_MEMORY_MIB || !config.growth_mib.is_multiple_of(GROWTH_STEP_MIB) {
+            return Err(ConfigError::Growth(config.growth_mib));
+        }
         let (disks, nics) = (config.disk_slots, config.nic_slots);
         if disks.checked_add(nics).is_none_or(|slots| slots > MAX_SLOTS) {
             return Err(ConfigError::Slots { disks, nics });
@@ -66,6 +74,11 @@ impl Plan {
     /// A whole number of MiB.
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.0.memory_mib) << 20
+    }
+
+    /// Whole steps, or 0 for a machine that does not grow.
+    pub fn growth_bytes(&self) -> u64 {
+        u64::from(self.0.growth_mib) << 20
     }
 
     /// See [`MAX_SLOTS`].
@@ -113,6 +126,7 @@ mod tests {
             id: "a".into(),
             vcpus: 2,
             memory_mib: 256,
+            growth_mib: 1024,
             kernel_params: String::new(),
             disk_slots: 4,
             nic_slots: 2,
@@ -135,6 +149,8 @@ mod tests {
         assert_eq!(refused(|config| config.vcpus = 65), ConfigError::Vcpus(65));
         assert_eq!(refused(|config| config.memory_mib = 15), ConfigError::Memory(15));
         assert_eq!(refused(|config| config.memory_mib = u32::MAX), ConfigError::Memory(u32::MAX));
+        assert_eq!(refused(|config| config.growth_mib = 100), ConfigError::Growth(100));
+        assert_eq!(refused(|config| config.growth_mib = 1 << 21), ConfigError::Growth(1 << 21));
         assert_eq!(refused(|config| config.disk_slots = 13), ConfigError::Slots { disks: 13, nics: 2 });
         assert_eq!(refused(|config| config.nic_slots = 255), ConfigError::Slots { disks: 4, nics: 255 });
         assert_eq!(refused(|config| config.uid = 0), ConfigError::Root);

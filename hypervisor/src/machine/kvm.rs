@@ -100,7 +100,7 @@ fn check(kvm: &Kvm) -> Result<(), KvmError> {
 }
 
 fn add_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-    for (slot, range) in (0..).zip(ram.ranges()) {
+    for (slot, range) in (0..).zip(ram.all_ranges()) {
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,

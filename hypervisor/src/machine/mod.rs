@@ -20,6 +20,7 @@ pub use kvm::KvmError;
 
 use crate::devices::legacy::Console;
 use crate::devices::virtio::blk::{Blk, DiskError};
+use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::net::{Net, TapError};
 use crate::devices::virtio::{SharedDevice, VirtioDevice, vsock};
 use crate::sync::lock;
@@ -32,6 +33,8 @@ pub struct Machine {
     gate: Arc<Gate>,
     slots: Vec<Arc<Mutex<Blk>>>,
     nics: Vec<Arc<Mutex<Net>>>,
+    /// None where the machine's memory cannot grow.
+    mem: Option<Arc<Mutex<Mem>>>,
     vsock: Arc<Mutex<vsock::Vsock>>,
     /// All virtio devices, in their order on the bus.
     devices: Vec<SharedDevice>,
@@ -121,6 +124,19 @@ impl Machine {
         if attached { Ok(()) } else { Err(NicError::Taken(slot)) }
     }
 
+    /// Asks the guest to have `bytes` of memory beyond what it has booted with. False where there is no room for it.
+    pub fn resize_memory(&self, bytes: u64) -> bool {
+        self.mem.as_ref().map_or(bytes == 0, |mem| lock(mem).request(bytes))
+    }
+
+    /// Bytes of memory that the guest shall have, and that it has, beyond what it has booted with.
+    pub fn growth(&self) -> (u64, u64) {
+        self.mem.as_ref().map_or((0, 0), |mem| {
+            let mem = lock(mem);
+            (mem.requested_bytes(), mem.plugged_bytes())
+        })
+    }
+
     fn slot(&self, slot: u8) -> Result<&Mutex<Blk>, SlotError> {
         let missing = SlotError::NoSuchSlot { slot, slots: self.slots.len() };
         self.slots.get(usize::from(slot)).map(Arc::as_ref).ok_or(missing)
@@ -144,6 +160,7 @@ impl Machine {
     pub fn statistics(&self) -> Statistics {
         Statistics {
             first_instruction_ns: self.first_run.load(Ordering::Acquire),
+            grown_bytes: self.growth().1,
             vcpu_exits: self.exits.load(Ordering::Relaxed),
             devices: self.devices.iter().map(SharedDevice::statistics).collect(),
             ..Default::default()

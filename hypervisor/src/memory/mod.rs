@@ -4,7 +4,11 @@
 //! device lives in another process, so nothing has to be shared. Below 3 GiB it is one range from address 0; what is more continues at 4 GiB, above the
 //! hole that x86 keeps for devices. Bytes in it change under our feet, since the guest writes them at any time: each
 //! field is read once, by copy.
+//!
+//! Above all of it there may be a range of addresses in which a guest gets memory and gives it back: see [`Growth`].
 
+mod growth;
+mod region;
 mod reservation;
 
 use std::ops::Deref;
@@ -13,8 +17,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionError};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection, GuestRegionCollectionError,
 };
+
+pub use growth::{BLOCK, Growth, Plugged};
+pub use region::Region;
 
 use self::reservation::Reservation;
 
@@ -28,6 +35,13 @@ const PAGE: u64 = 4096;
 
 /// What a large page of x86 covers.
 pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// What the start of the range for growth is a multiple of: Linux adds memory in blocks of 128 MiB, and of up to 2 GiB
+/// where it has 64 GiB at boot.
+const GROWTH_ALIGNMENT: u64 = 2 << 30;
+
+/// Guest memory as vm-memory's traits see it.
+pub type GuestMemory = GuestRegionCollection<Region>;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,14 +62,15 @@ pub enum MemoryError {
 
 /// A handle on guest RAM. Cloning is cheap, and every clone is the same RAM.
 ///
-/// It dereferences to vm-memory's `GuestMemoryMmap`; pass `ram.clone()` or `&*ram` where virtio-queue wants memory.
+/// It dereferences to [`GuestMemory`]; pass `ram.clone()` or `&*ram` where virtio-queue wants memory.
 #[derive(Debug, Clone)]
 pub struct GuestRam(Arc<Ram>);
 
 #[derive(Debug)]
 struct Ram {
-    memory: GuestMemoryMmap,
-    /// What `memory` points into.
+    memory: GuestMemory,
+    growth: Option<Arc<Growth>>,
+    /// What `memory` points into, but for `growth`.
     _host: Vec<Reservation>,
 }
 
@@ -76,8 +91,20 @@ impl GuestRam {
     /// # Errors
     /// See [`MemoryError`].
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        Self::growing(bytes, 0)
+    }
+
+    /// Reserves RAM of `bytes`, a multiple of the page size, and addresses for `growth` bytes more, a multiple of
+    /// [`BLOCK`].
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn growing(bytes: u64, growth: u64) -> Result<Self, MemoryError> {
         if bytes == 0 || !bytes.is_multiple_of(PAGE) {
             return Err(MemoryError::Size(bytes));
+        }
+        if !growth.is_multiple_of(BLOCK) {
+            return Err(MemoryError::Size(growth));
         }
         let low = bytes.min(MMIO_GAP_START);
         let mut ranges = vec![(0, low)];
@@ -89,11 +116,17 @@ impl GuestRam {
         for (start, bytes) in ranges {
             let size = usize::try_from(bytes).map_err(|_| MemoryError::Size(bytes))?;
             let reservation = Reservation::new(size).map_err(MemoryError::Map)?;
-            regions.push(region(start, bytes, reservation.region().map_err(MemoryError::Region)?)?);
+            let mapping = reservation.region().map_err(MemoryError::Region)?;
+            regions.push(region(start, bytes, mapping, None)?);
             host.push(reservation);
         }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(Self(Arc::new(Ram { memory, _host: host })))
+        let growth = if growth > 0 { Some(Arc::new(room(bytes - low, growth)?)) } else { None };
+        if let Some(growth) = &growth {
+            let mapping = growth.region().map_err(MemoryError::Region)?;
+            regions.push(region(growth.start(), growth.size(), mapping, Some(growth.clone()))?);
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Layout)?;
+        Ok(Self(Arc::new(Ram { memory, growth, _host: host })))
     }
 
     /// Backs the huge pages that lie whole within `start..end` at once and in one piece each, where the host has such
@@ -117,31 +150,64 @@ impl GuestRam {
         slice.is_some_and(|slice| reservation::take_back(&slice))
     }
 
-    /// The ranges of RAM in ascending order of guest address.
+    /// The ranges of RAM that the guest has from the start, in ascending order of guest address.
     pub fn ranges(&self) -> impl Iterator<Item = HostRange> {
+        let count = self.0.memory.num_regions() - usize::from(self.0.growth.is_some());
+        self.all_ranges().take(count)
+    }
+
+    /// The same, and last the range in which it can get more.
+    pub fn all_ranges(&self) -> impl Iterator<Item = HostRange> {
         self.0.memory.iter().map(|region| HostRange {
             guest: region.start_addr(),
-            host: region.as_ptr(),
-            len: region.size(),
+            host: region.host(),
+            len: usize::try_from(region.len()).unwrap_or(usize::MAX),
         })
     }
 
-    /// Bytes of RAM.
+    /// Bytes of RAM that the guest has from the start.
     pub fn size(&self) -> u64 {
-        self.0.memory.iter().map(GuestMemoryRegion::len).sum()
+        self.ranges().map(|range| range.len as u64).sum()
+    }
+
+    /// Where the guest can get more.
+    pub fn growth(&self) -> Option<&Arc<Growth>> {
+        self.0.growth.as_ref()
     }
 }
 
 impl Deref for GuestRam {
-    type Target = GuestMemoryMmap;
+    type Target = GuestMemory;
 
-    fn deref(&self) -> &GuestMemoryMmap {
+    fn deref(&self) -> &GuestMemory {
         &self.0.memory
     }
 }
 
-fn region(start: u64, bytes: u64, mapping: MmapRegion) -> Result<GuestRegionMmap, MemoryError> {
-    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size(bytes))
+/// Room for `growth` bytes above `high` bytes from 4 GiB on, where devices are out of the way.
+fn room(high: u64, growth: u64) -> Result<Growth, MemoryError> {
+    let start = MMIO_GAP_END.checked_add(high).and_then(|end| end.checked_next_multiple_of(GROWTH_ALIGNMENT));
+    Growth::new(start.ok_or(MemoryError::Size(high))?, growth).map_err(MemoryError::Map)
+}
+
+fn region(
+    start: u64,
+    bytes: u64,
+    mapping: MmapRegion,
+    growth: Option<Arc<Growth>>,
+) -> Result<Region, MemoryError> {
+    let mapping = GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Size(bytes))?;
+    Ok(Region::new(mapping, growth))
+}
+
+/// Memory at any addresses, for tests of devices.
+#[cfg(test)]
+pub fn at(ranges: &[(GuestAddress, usize)]) -> GuestMemory {
+    let regions = ranges.iter().map(|(start, size)| {
+        let mapping = GuestRegionMmap::from_range(*start, *size, None).unwrap();
+        Region::new(mapping, None)
+    });
+    GuestMemory::from_regions(regions.collect()).unwrap()
 }
 
 #[cfg(test)]
@@ -174,6 +240,34 @@ mod tests {
         assert!(matches!(GuestRam::new(0), Err(MemoryError::Size(0))));
         assert!(matches!(GuestRam::new(4097), Err(MemoryError::Size(4097))));
         assert!(matches!(GuestRam::new(u64::MAX - 4095), Err(MemoryError::Map(_) | MemoryError::Size(_))));
+    }
+
+    #[test]
+    fn room_to_grow_is_above_ram_and_no_part_of_it() {
+        let ram = GuestRam::growing(64 << 20, 1 << 30).unwrap();
+        assert_eq!((ram.size(), layout(&ram)), (64 << 20, vec![(0, 64 << 20)]));
+        assert_eq!(ram.all_ranges().last().map(|range| range.guest.0), Some(4 << 30));
+        let ram = GuestRam::growing(5 << 30, BLOCK).unwrap();
+        assert_eq!(ram.all_ranges().map(|range| range.guest.0).collect::<Vec<_>>(), [0, 4 << 30, 6 << 30]);
+        assert!(matches!(GuestRam::growing(4096, 4096), Err(MemoryError::Size(4096))));
+    }
+
+    #[test]
+    fn only_what_is_plugged_in_is_accessed() {
+        let ram = GuestRam::growing(1 << 20, 4 * BLOCK).unwrap();
+        let growth = ram.growth().unwrap();
+        let at = |offset| GuestAddress(growth.start() + offset);
+        assert!(ram.write_obj(1u64, at(BLOCK)).is_err());
+        growth.plug(1..3).unwrap();
+        ram.write_obj(7u64, at(2 * BLOCK - 4)).unwrap();
+        assert!(ram.write_obj(1u64, at(BLOCK - 4)).is_err());
+        assert!(ram.get_slice(at(BLOCK), 2 << 21).is_ok());
+        assert!(ram.get_slice(at(BLOCK), (2 << 21) + 1).is_err());
+        assert!(ram.take_back(at(BLOCK), 4096) && !ram.take_back(at(0), 4096));
+        growth.unplug(1..3).unwrap();
+        assert!(ram.read_obj::<u64>(at(2 * BLOCK - 4)).is_err());
+        growth.plug(1..3).unwrap();
+        assert_eq!(ram.read_obj::<u64>(at(2 * BLOCK - 4)).unwrap(), 0);
     }
 
     #[test]

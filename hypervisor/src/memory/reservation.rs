@@ -1,11 +1,12 @@
 //! The addresses of this process behind a range of guest RAM.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::libc::c_void;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 use vm_memory::VolatileSlice;
 use vm_memory::mmap::{MmapRegion, MmapRegionError};
 
@@ -44,10 +45,22 @@ impl Reservation {
     /// # Errors
     /// When the host has not that many, or it is none.
     pub fn new(size: usize) -> Result<Self, Errno> {
+        Self::with(size, protection())
+    }
+
+    /// Reserves addresses, a multiple of the page size, that [`Reservation::set_accessible`] makes memory of.
+    ///
+    /// # Errors
+    /// When this process has not that many, or it is none.
+    pub fn inaccessible(size: usize) -> Result<Self, Errno> {
+        Self::with(size, ProtFlags::PROT_NONE)
+    }
+
+    fn with(size: usize, protection: ProtFlags) -> Result<Self, Errno> {
         let size = NonZeroUsize::new(size).ok_or(Errno::EINVAL)?;
         let mapped = size.checked_add(ALIGNMENT).ok_or(Errno::ENOMEM)?;
         // SAFETY: a new anonymous mapping at an address that the kernel chooses.
-        let mapping = unsafe { mmap_anonymous(None, mapped, protection(), flags()) }?.cast::<u8>();
+        let mapping = unsafe { mmap_anonymous(None, mapped, protection, flags()) }?.cast::<u8>();
         let before = mapping.as_ptr().align_offset(ALIGNMENT);
         let start = mapping.as_ptr().wrapping_add(before);
         unmap(mapping.as_ptr(), before)?;
@@ -69,6 +82,34 @@ impl Reservation {
                 flags.bits(),
             )
         }
+    }
+}
+
+impl Reservation {
+    /// Makes a part, of whole pages, accessible or not.
+    ///
+    /// # Errors
+    /// When the part lies outside, or the host can tell no more parts apart.
+    pub fn set_accessible(&self, part: Range<usize>, accessible: bool) -> Result<(), Errno> {
+        let protection = if accessible { protection() } else { ProtFlags::PROT_NONE };
+        let (start, bytes) = self.part(part)?;
+        // SAFETY: the part is within this mapping, in which nothing but guest memory lives. Whoever accesses it all the
+        // same, against what it was told, gets a fault and no other memory.
+        unsafe { mprotect(start, bytes, protection) }
+    }
+
+    /// Gives a part, of whole pages, back to the host, zeroed.
+    pub fn take_back(&self, part: Range<usize>) {
+        let Ok((start, bytes)) = self.part(part) else { return };
+        // SAFETY: as above; guest memory may change at any time, as it does now. It cannot fail for private memory that
+        // is mapped.
+        let _ = unsafe { madvise(start, bytes, MmapAdvise::MADV_DONTNEED) };
+    }
+
+    fn part(&self, part: Range<usize>) -> Result<(NonNull<c_void>, usize), Errno> {
+        let bytes = part.end.checked_sub(part.start).filter(|_| part.end <= self.size.get());
+        let start = self.start.cast::<u8>().as_ptr().wrapping_add(part.start);
+        NonNull::new(start.cast()).zip(bytes).ok_or(Errno::EINVAL)
     }
 }
 

@@ -179,6 +179,9 @@ impl Vcpu {
                 nix::libc::EINTR => return Step::Called,
                 // A CPU that was not woken yet: KVM asks to be called again.
                 nix::libc::EAGAIN => {}
+                nix::libc::EFAULT => {
+                    return self.failed("met an access of the guest to memory that it has not plugged in");
+                }
                 _ => return self.failed(&format!("failed: {error}")),
             },
         }

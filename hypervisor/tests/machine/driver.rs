@@ -46,6 +46,7 @@ impl Default for Guest {
             id: "test".into(),
             vcpus: 1,
             memory_mib: 128,
+            growth_mib: 0,
             // Such as `ignore_loglevel`, to see more.
             kernel_params: std::env::var("VMSHIM_TEST_PARAMS").unwrap_or_default(),
             disk_slots: 0,

@@ -7,5 +7,6 @@
 mod cpio;
 mod driver;
 mod jail;
+mod memory;
 mod outcomes;
 mod running;

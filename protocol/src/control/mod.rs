@@ -4,8 +4,8 @@
 //! at most [`MAX_FDS`] file descriptors (`SCM_RIGHTS`). The VMM opens no path: kernel, disks, directories and sockets
 //! all come this way, and each descriptor's [`FdRole`] stands in the message in the descriptors' order.
 //!
-//! The shim sends [`Request`]s; the VMM answers each with a [`Message::Reply`] of the same id, in the order they came,
-//! and sends [`Message::Event`]s between them. The VMM is treated as hostile by the shim, since a guest may have
+//! The shim sends [`Request`]s; the VMM answers each with a [`Message::Reply`] of the same id, in the order they came (but
+//! for [`Command::AwaitMemory`]), and sends [`Message::Event`]s between them. The VMM is treated as hostile by the shim, since a guest may have
 //! taken it: what it sends is bounded and parsed, never trusted. When the shim's end closes, the VMM exits.
 
 mod socket;
@@ -89,6 +89,19 @@ pub enum Command {
         /// The host port the guest will dial.
         port: u32,
     },
+    /// Asks the guest to have that much memory beyond [`MachineConfig::memory_mib`], more or less than before. Answered at
+    /// once: a guest takes its time, and gives back only what it can empty. Before a guest is first asked for more than
+    /// nothing, the device by which it gets any is an empty slot, at which it has to look again.
+    ResizeMemory {
+        /// In MiB, rounded up to what the device can tell apart; at most [`MachineConfig::growth_mib`].
+        growth_mib: u32,
+    },
+    /// Answered, whatever comes in between, as soon as the guest has that much memory beyond
+    /// [`MachineConfig::memory_mib`]; refused when less is asked of it.
+    AwaitMemory {
+        /// In MiB, at most that of the last [`Command::ResizeMemory`].
+        growth_mib: u32,
+    },
     /// Takes an [`Command::Expect`] back, and resets the connection where it has been made.
     Forget {
         /// The host port.
@@ -132,6 +145,9 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Guest RAM in MiB.
     pub memory_mib: u32,
+    /// By how much it can grow, in MiB; a multiple of [`GROWTH_STEP_MIB`].
+    #[serde(default)]
+    pub growth_mib: u32,
     /// Appended to the kernel command line that the VMM builds.
     #[serde(default)]
     pub kernel_params: String,
@@ -236,6 +252,8 @@ pub struct Statistics {
     pub first_instruction_ns: u64,
     /// The guest's first vsock connection.
     pub first_dial_ns: u64,
+    /// Memory that the guest has beyond [`MachineConfig::memory_mib`], in bytes.
+    pub grown_bytes: u64,
     /// Exits of all vCPUs to the VMM.
     pub vcpu_exits: u64,
     /// Bytes and requests by device, in the devices' order on the bus.
@@ -276,6 +294,9 @@ pub enum Event {
         console: Vec<String>,
     },
 }
+
+/// What [`MachineConfig::growth_mib`] is a multiple of: Linux takes memory in blocks of 128 MiB.
+pub const GROWTH_STEP_MIB: u32 = 128;
 
 /// Descriptors that one disk can be put together from. A guest's kernel names no more than 255 parts of a disk.
 pub const MAX_DISK_PIECES: usize = 240;

@@ -142,6 +142,7 @@ impl Launcher<'_> {
                 id: self.id.to_owned(),
                 vcpus: self.machine.vcpus,
                 memory_mib: self.machine.memory_mib,
+                growth_mib: 0,
                 kernel_params: vm.kernel_params.clone(),
                 disk_slots: vm.disk_slots,
                 nic_slots: self.nic_slots,

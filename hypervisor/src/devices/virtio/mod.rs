@@ -11,6 +11,7 @@ mod worker;
 pub mod balloon;
 pub mod blk;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod pmem;
 pub mod rng;

@@ -6,7 +6,9 @@
 
 use nix::libc;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestMemoryBackend, VolatileSlice};
+
+use crate::memory::GuestMemory;
 
 /// Buffers of one chain. Linux needs 3 for the headers and 256 for the data; the kernel takes 1024 at once.
 const MAX_BUFFERS: usize = 1024;
@@ -49,8 +51,8 @@ impl<'m> Chain<'m> {
     /// # Errors
     /// See [`ChainError`].
     pub fn collect(
-        memory: &'m GuestMemoryMmap,
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
+        memory: &'m GuestMemory,
+        descriptors: DescriptorChain<&GuestMemory>,
     ) -> Result<Self, ChainError> {
         let mut chain = Self::default();
         for descriptor in descriptors {
@@ -71,7 +73,7 @@ impl<'m> Chain<'m> {
 impl<'m> Buffers<'m> {
     fn push(
         &mut self,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestMemory,
         descriptor: &virtio_queue::desc::split::Descriptor,
     ) -> Result<(), ChainError> {
         // One descriptor may span two regions of RAM.
@@ -178,13 +180,12 @@ mod tests {
     const WRITE: u16 = 2;
 
     /// Two adjacent regions of 64 KiB, so that a buffer may straddle them.
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x1_0000)])
-            .unwrap()
+    fn memory() -> GuestMemory {
+        crate::memory::at(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x1_0000)])
     }
 
     fn collect<'m>(
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestMemory,
         descriptors: &[(u64, u32, u16)],
     ) -> Result<Chain<'m>, ChainError> {
         let queue = MockSplitQueue::create(memory, GuestAddress(0x1000), 16);

@@ -56,13 +56,12 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::errno::Errno;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmshim_protocol::control::DeviceStatistics;
 use vmshim_protocol::shared::TAG;
 
 use super::{Activation, ActivationError, Interrupt, VirtioDevice};
 use crate::event_loop::{Interest, Readiness};
-use crate::memory::GuestRam;
+use crate::memory::{GuestMemory, GuestRam};
 use chain::Chain;
 use session::Session;
 use tree::{Limits, Tree, Worker};
@@ -200,7 +199,7 @@ impl VirtioFs {
             self.statistics.errors += 1;
             return;
         };
-        let memory: &GuestMemoryMmap = &active.memory;
+        let memory: &GuestMemory = &active.memory;
         // A ring that makes no sense ends the round; the next doorbell tries again.
         loop {
             if queue.disable_notification(memory).is_err() {

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use virtio_queue::Queue;
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::connection::{Connection, Traffic, Visit};
 use super::deadlines::Deadlines;
@@ -18,6 +18,7 @@ use super::ends::{Ends, Opened};
 use super::packet::{Header, Op, Ports, Space};
 use super::rings::{BrokenRing, Inbound, Malformed, Outbound};
 use super::slots::{MAX_SLOTS, SlotId, Slots};
+use crate::memory::GuestMemory;
 
 /// How long a guest may take to answer a request for a connection.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -61,7 +62,7 @@ pub trait Host {
 /// The two queues and the memory they are in.
 pub struct Rings<'a> {
     /// Guest RAM.
-    pub memory: &'a GuestMemoryMmap,
+    pub memory: &'a GuestMemory,
     /// Buffers for packets to the guest.
     pub outbound: &'a mut Queue,
     /// Packets from the guest.

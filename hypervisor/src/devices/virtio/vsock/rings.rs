@@ -8,9 +8,10 @@ use std::io;
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use super::packet::{HEADER_LEN, Header};
+use crate::memory::GuestMemory;
 
 /// Pieces of memory handed to one system call at most.
 pub const MAX_SLICES: usize = 64;
@@ -48,7 +49,7 @@ pub enum Filled {
 /// The queue with empty buffers, in which packets go to the guest.
 pub struct Outbound<'a> {
     queue: &'a mut Queue,
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestMemory,
     /// Buffers taken by the fill under way; the slices of all of them, one after the other.
     buffers: Vec<EmptyBuffer>,
     headers: Vec<VolatileSlice<'a>>,
@@ -66,7 +67,7 @@ struct EmptyBuffer {
 
 impl<'a> Outbound<'a> {
     /// Looks at a queue for as long as one batch lasts.
-    pub fn new(queue: &'a mut Queue, memory: &'a GuestMemoryMmap) -> Self {
+    pub fn new(queue: &'a mut Queue, memory: &'a GuestMemory) -> Self {
         Self {
             queue,
             memory,
@@ -201,8 +202,8 @@ impl<'a> Outbound<'a> {
 
 /// Notes the pieces of one buffer; returns how much payload of at most `limit` goes into it, `None` when it is malformed.
 fn add<'a>(
-    memory: &'a GuestMemoryMmap,
-    chain: DescriptorChain<&'a GuestMemoryMmap>,
+    memory: &'a GuestMemory,
+    chain: DescriptorChain<&'a GuestMemory>,
     limit: usize,
     headers: &mut Vec<VolatileSlice<'a>>,
     payloads: &mut Vec<VolatileSlice<'a>>,
@@ -230,14 +231,14 @@ fn add<'a>(
 /// The queue with packets from the guest.
 pub struct Inbound<'a> {
     queue: &'a mut Queue,
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestMemory,
     payload: Vec<VolatileSlice<'a>>,
     used: bool,
 }
 
 impl<'a> Inbound<'a> {
     /// Looks at a queue for as long as one batch lasts.
-    pub fn new(queue: &'a mut Queue, memory: &'a GuestMemoryMmap) -> Self {
+    pub fn new(queue: &'a mut Queue, memory: &'a GuestMemory) -> Self {
         Self { queue, memory, payload: Vec::new(), used: false }
     }
 
@@ -275,7 +276,7 @@ impl<'a> Inbound<'a> {
         Ok(std::mem::take(&mut self.used) && self.queue.needs_notification(self.memory)?)
     }
 
-    fn parse(&mut self, mut chain: DescriptorChain<&'a GuestMemoryMmap>) -> Result<Header, Malformed> {
+    fn parse(&mut self, mut chain: DescriptorChain<&'a GuestMemory>) -> Result<Header, Malformed> {
         let mut bytes = [0; HEADER_LEN];
         let mut filled = 0;
         let mut rest = None;
@@ -293,7 +294,7 @@ impl<'a> Inbound<'a> {
 
     fn take_payload(
         &mut self,
-        chain: DescriptorChain<&'a GuestMemoryMmap>,
+        chain: DescriptorChain<&'a GuestMemory>,
         mut rest: Option<VolatileSlice<'a>>,
         header: &Header,
     ) -> Option<()> {
@@ -324,7 +325,7 @@ impl<'a> Inbound<'a> {
     }
 }
 
-fn slice_of<'a>(memory: &'a GuestMemoryMmap, descriptor: &Descriptor) -> Option<VolatileSlice<'a>> {
+fn slice_of<'a>(memory: &'a GuestMemory, descriptor: &Descriptor) -> Option<VolatileSlice<'a>> {
     memory.get_slice(descriptor.addr(), usize::try_from(descriptor.len()).ok()?).ok()
 }
 

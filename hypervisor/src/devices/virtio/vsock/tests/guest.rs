@@ -4,9 +4,10 @@ use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, Op, Ports, Space};
+use crate::memory::GuestMemory;
 
 pub const QUEUE_SIZE: u16 = 128;
 pub const BUFFER_LEN: u32 = 4096;
@@ -58,7 +59,7 @@ impl DriverQueue {
     }
 
     /// Writes a chain to the table from `head` on and makes it available.
-    pub fn offer(&mut self, memory: &GuestMemoryMmap, head: u16, pieces: &[Piece]) {
+    pub fn offer(&mut self, memory: &GuestMemory, head: u16, pieces: &[Piece]) {
         for (at, &(address, len, writable)) in (0u16..).zip(pieces) {
             let more = usize::from(at) + 1 < pieces.len();
             let flags = u32::from(more) * VRING_DESC_F_NEXT + u32::from(writable) * VRING_DESC_F_WRITE;
@@ -67,7 +68,7 @@ impl DriverQueue {
         self.publish(memory, head);
     }
 
-    pub fn descriptor(&self, memory: &GuestMemoryMmap, at: u16, area: (u64, u32), flags: u16, next: u16) {
+    pub fn descriptor(&self, memory: &GuestMemory, at: u16, area: (u64, u32), flags: u16, next: u16) {
         let place = self.table() + u64::from(at) * 16;
         memory.write_obj(area.0, GuestAddress(place)).unwrap();
         memory.write_obj(area.1, GuestAddress(place + 8)).unwrap();
@@ -75,19 +76,19 @@ impl DriverQueue {
         memory.write_obj(next, GuestAddress(place + 14)).unwrap();
     }
 
-    pub fn publish(&mut self, memory: &GuestMemoryMmap, head: u16) {
+    pub fn publish(&mut self, memory: &GuestMemory, head: u16) {
         let place = self.available_ring() + 4 + u64::from(self.available % QUEUE_SIZE) * 2;
         memory.write_obj(head, GuestAddress(place)).unwrap();
         self.available = self.available.wrapping_add(1);
         self.set_available(memory, self.available);
     }
 
-    pub fn set_available(&self, memory: &GuestMemoryMmap, index: u16) {
+    pub fn set_available(&self, memory: &GuestMemory, index: u16) {
         memory.store(index, GuestAddress(self.available_ring() + 2), Ordering::Release).unwrap();
     }
 
     /// Heads and lengths that the device has returned since the last call.
-    pub fn reclaim(&mut self, memory: &GuestMemoryMmap) -> Vec<(u16, u32)> {
+    pub fn reclaim(&mut self, memory: &GuestMemory) -> Vec<(u16, u32)> {
         let index: u16 = memory.load(GuestAddress(self.used_ring() + 2), Ordering::Acquire).unwrap();
         let mut returned = Vec::new();
         while self.used != index {
@@ -110,7 +111,7 @@ impl DriverQueue {
 
 /// A guest's memory and its two queues.
 pub struct Guest {
-    pub memory: GuestMemoryMmap,
+    pub memory: GuestMemory,
     pub rx: DriverQueue,
     pub tx: DriverQueue,
     next_tx: u16,
@@ -120,7 +121,7 @@ pub struct Guest {
 impl Guest {
     /// A guest that has filled its receive queue, if `filled`.
     pub fn new(filled: bool) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = crate::memory::at(&[(GuestAddress(0), MEMORY)]);
         let (rx, tx) = (DriverQueue::new(RX_RING, true), DriverQueue::new(TX_RING, true));
         let mut guest = Self { memory, rx, tx, next_tx: 0, rx_free: (0..QUEUE_SIZE).collect() };
         if filled {

@@ -1,7 +1,7 @@
 //! Guests that break the rules. Tests are named after the bugs of others that they would find here.
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::World;
 use super::guest::{Guest, MEMORY, QUEUE_SIZE, packet, shutdown};
@@ -79,7 +79,7 @@ fn cve_2019_18960_descriptor_across_adjacent_regions() {
     let half = MEMORY / 2;
     let ranges = [(GuestAddress(0), half), (GuestAddress(END / 2), half)];
     let mut guest = Guest::new(false);
-    guest.memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    guest.memory = crate::memory::at(&ranges);
     guest.refill(100);
     let mut world = World::with(guest);
     let peer = world.connected(7);
