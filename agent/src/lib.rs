@@ -5,7 +5,7 @@
 //! * [`engine`]: makes a container or process, in a short-lived run of this same program.
 //! * [`stdio`]: standard streams, one vsock stream each. [`events`]: what the shim is told. [`reaper`]: exits.
 //! * [`cgroup`]: limits, device rules, statistics. [`link`]: streams to the host.
-//! * [`network`]: the guest's interfaces. [`clock`]: its time of day. [`log`], [`power`], [`sys`].
+//! * [`network`]: the guest's interfaces. [`machine`]: what the machine gets. [`clock`]: its time of day. [`log`], [`power`], [`sys`].
 //!
 //! The agent is one thread with an event loop, and a few more while something may block. The shim is trusted; what runs
 //! in containers, and their file systems, are not.
@@ -21,6 +21,7 @@ pub mod failure;
 pub mod host_network;
 pub mod link;
 pub mod log;
+pub mod machine;
 pub mod network;
 pub mod power;
 pub mod reaper;

@@ -3,7 +3,7 @@
 use crate::boot::{Readiness, cpus};
 use crate::containers::{Containers, request_size};
 use crate::failure::{Failure, Kind};
-use crate::power;
+use crate::{machine, power};
 use std::sync::Arc;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -138,6 +138,11 @@ impl Agent for Service {
         request: UpdateContainerRequest,
     ) -> ttrpc::Result<Empty> {
         self.containers.get(&request.container_id)?.update(&request.resources).await?;
+        Ok(Empty::new())
+    }
+
+    async fn take_up(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        machine::take_up().await?;
         Ok(Empty::new())
     }
 

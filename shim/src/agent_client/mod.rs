@@ -77,6 +77,8 @@ impl AgentConnection {
         stats(api::ContainerRequest) -> api::StatsResponse;
         /// Changes limits.
         update_container(api::UpdateContainerRequest) -> api::Empty;
+        /// Takes up what the machine has got.
+        take_up(api::Empty) -> api::Empty;
         /// Freezes a container.
         pause_container(api::ContainerRequest) -> api::Empty;
         /// Thaws a container.

@@ -131,6 +131,9 @@ settings! {
         min_memory_mib: u32 = 128u32, in 64..=4_194_304u32;
         /// The most memory that a pod gets, in MiB, whatever its limit, which gives it no more than the host has either.
         max_memory_mib: u32 = 262_144u32, in 64..=4_194_304u32;
+        /// By how much a pod's memory can grow while it runs, in MiB, when limits are raised or containers come that were
+        /// not known of; in steps of 128. What is not used of it costs nothing but addresses. 0 keeps a pod's size.
+        memory_growth_mib: u32 = 16_384u32, in 0..=1_048_576u32;
         /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
         overhead_memory_mib: u32 = 64u32, in 0..=65_536u32;
         /// Empty disk slots made in every machine. Each block-based root file system takes one.

@@ -35,6 +35,34 @@ impl Limits {
         }
     }
 
+    /// A container's own.
+    pub fn of_container(spec: &Spec) -> Self {
+        let resource = |path| spec.resource(path).and_then(Value::as_i64).unwrap_or(0);
+        Self {
+            quota: resource(["cpu", "quota"]),
+            period: u64::try_from(resource(["cpu", "period"])).unwrap_or(0),
+            memory: resource(["memory", "limit"]),
+            partial: false,
+        }
+    }
+
+    /// These after an update, whose OCI resources leave out or set to 0 what they do not change. What is none of that is
+    /// the guest's to refuse.
+    pub fn updated(self, resources: &[u8]) -> Self {
+        let resources: Value = serde_json::from_slice(resources).unwrap_or_default();
+        let changed = |group: &str, name: &str| {
+            let value = resources.get(group)?.get(name)?.as_i64();
+            value.filter(|value| *value != 0)
+        };
+        let period = changed("cpu", "period").and_then(|period| u64::try_from(period).ok());
+        Self {
+            quota: changed("cpu", "quota").unwrap_or(self.quota),
+            period: period.unwrap_or(self.period),
+            memory: changed("memory", "limit").unwrap_or(self.memory),
+            partial: self.partial,
+        }
+    }
+
     /// Whole CPUs that the limit lets run at once.
     pub fn cpus(&self) -> Option<u64> {
         const DEFAULT_PERIOD: u64 = 100_000;
@@ -66,6 +94,27 @@ mod tests {
         let annotations = r#""annotations":{"io.kubernetes.cri.sandbox-cpu-quota":"300000","io.kubernetes.cri.sandbox-cpu-period":"100000","io.kubernetes.cri.sandbox-memory":"0"}"#;
         let pod = limits(&format!(r#"{{"process":{{"args":["a"]}},{resources},{annotations}}}"#));
         assert_eq!((pod.cpus(), pod.memory_bytes()), (Some(3), None));
+    }
+
+    #[test]
+    fn a_members_limits_are_its_own_and_are_updated_in_part() {
+        let spec = r#"{"process":{"args":["a"]},"linux":{"resources":{"cpu":{"quota":200000},"memory":{"limit":1024}}},
+            "annotations":{"io.kubernetes.cri.sandbox-memory":"5"}}"#;
+        let limits = Limits::of_container(&Spec::parse(spec.as_bytes()).unwrap());
+        assert_eq!((limits.cpus(), limits.memory_bytes()), (Some(2), Some(1024)));
+        let update = |text: &str| {
+            let limits = limits.updated(text.as_bytes());
+            (limits.cpus(), limits.memory_bytes())
+        };
+        assert_eq!(update(r#"{"memory":{"limit":2048},"cpu":{"shares":5}}"#), (Some(2), Some(2048)));
+        assert_eq!(update(r#"{"memory":{"limit":0},"cpu":{"quota":-1,"period":0}}"#), (None, Some(1024)));
+        assert_eq!(
+            update(r#"{"memory":{"limit":-1},"cpu":{"quota":50000,"period":10000}}"#),
+            (Some(5), None)
+        );
+        for strange in ["", "[]", "{", r#"{"memory":{"limit":"x"},"cpu":7}"#] {
+            assert_eq!(update(strange), (Some(2), Some(1024)), "{strange}");
+        }
     }
 
     #[test]

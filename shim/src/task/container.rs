@@ -11,6 +11,7 @@ use super::TaskError;
 use super::process::{Exit, Phase, Process};
 use crate::hooks::Hooks;
 use crate::ids::Name;
+use crate::oci::Limits;
 use crate::storage::{Slot, Staging};
 
 /// One container.
@@ -29,6 +30,7 @@ pub struct Container {
     hooks: Mutex<Option<Hooks>>,
     annotations: Mutex<BTreeMap<String, String>>,
     stands_for_pod: AtomicBool,
+    limits: Mutex<Limits>,
     removed: watch::Sender<bool>,
     deleting: Mutex<bool>,
 }
@@ -65,6 +67,7 @@ impl Container {
             hooks: Mutex::default(),
             annotations: Mutex::default(),
             stands_for_pod: AtomicBool::default(),
+            limits: Mutex::default(),
             removed: watch::Sender::new(false),
             deleting: Mutex::default(),
         }
@@ -181,6 +184,16 @@ impl Container {
     /// Whether it is the one that stands for its pod.
     pub fn stands_for_pod(&self) -> bool {
         self.stands_for_pod.load(Ordering::Relaxed)
+    }
+
+    /// Notes what the machine must be large enough for.
+    pub fn set_limits(&self, limits: Limits) {
+        *lock(&self.limits) = limits;
+    }
+
+    /// What the machine must be large enough for.
+    pub fn limits(&self) -> Limits {
+        *lock(&self.limits)
     }
 
     /// Says that nothing of the container is left in the guest or on the host.

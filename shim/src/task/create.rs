@@ -16,11 +16,12 @@ use super::exits;
 use super::hooks;
 use super::pod::{Pod, namespaces_of};
 use super::process::{Phase, Process};
+use super::resize;
 use super::rootfs::Plan;
 use super::streams::{connect, forget};
 use crate::config::RuntimeOptions;
 use crate::ids::Name;
-use crate::oci::{HostParts, Place, Spec, for_guest, leave_read_only_to_host};
+use crate::oci::{HostParts, Limits, Place, Spec, for_guest, leave_read_only_to_host};
 use crate::sandbox;
 use crate::stdio::{Owner, Streams};
 use crate::storage::{MountRequest, OpenedDevice, SocketOwner, Staging};
@@ -105,6 +106,7 @@ async fn build(
     let HostParts { binds, sockets, devices, hooks } =
         for_guest(&mut spec, &container.bundle, &container.id, place)?;
     container.set_sockets(sockets.clone());
+    container.set_limits(Limits::of_container(&spec));
     container.set_hooks(hooks::any(hooks), spec.annotations().clone());
     let root = spec.root_path(&container.bundle);
     let mount = MountRequest::parse(&request.rootfs)?;
@@ -153,6 +155,7 @@ async fn build(
         ..Default::default()
     };
     pod.network_ready(vm).await?;
+    resize::grow(pod, vm, deadline).await?;
     if wants_host_network {
         pod.in_guest(vm, pod.host_network.share(vm, deadline)).await?;
     }
@@ -168,12 +171,13 @@ fn socket(number: u32, owner: SocketOwner) -> api::Socket {
     api::Socket { number, mode, uid, gid, ..Default::default() }
 }
 
-async fn roll_back(pod: &Pod, container: &Container) {
+async fn roll_back(pod: &Arc<Pod>, container: &Container) {
     if let Some(vm) = pod.living_vm() {
         forget(vm, &container.init, pod.deadline(0)).await;
     }
     exits::remove_storage(pod, container).await;
     pod.remove(&container.id);
+    resize::shrink(pod);
 }
 
 /// Runs what may wait for a file system or a peer on a thread of its own.

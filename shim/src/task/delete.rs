@@ -14,6 +14,7 @@ use super::create::blocking;
 use super::hooks;
 use super::pod::Pod;
 use super::process::{Exit, Phase, Process};
+use super::resize;
 use super::streams::forget;
 use crate::timeline::{self, Mark};
 
@@ -87,6 +88,7 @@ async fn delete_init(
         }
     };
     pod.remove(&container.id);
+    resize::shrink(pod);
     timeline::pass(Mark::Deleted);
     timeline::log();
     pod.events.publish(&TaskDelete {

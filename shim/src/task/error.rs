@@ -73,6 +73,17 @@ pub enum TaskError {
     /// Its vCPUs are stopped.
     #[error("the whole pod is paused; resume it first, by the container that stands for it")]
     PodPaused,
+    /// More than the machine can ever have.
+    #[error(
+        "with this memory limit the pod's containers could have {wanted_mib} MiB, for which its machine cannot grow; it has \
+         room for {most_mib} MiB: choose a smaller limit, or raise hypervisor.memory_growth_mib for new pods"
+    )]
+    NoRoom {
+        /// The sum of the limits.
+        wanted_mib: u64,
+        /// What it can be.
+        most_mib: u32,
+    },
     /// The VM is no more.
     #[error("the pod's VM has ended: {0}")]
     VmEnded(String),
@@ -137,7 +148,7 @@ impl TaskError {
             Self::Boot(error) if error.is_invalid() => Code::INVALID_ARGUMENT,
             Self::Boot(_) => Code::FAILED_PRECONDITION,
             Self::Network(error) => error.code(),
-            Self::Storage(StorageError::NoSlot) => Code::RESOURCE_EXHAUSTED,
+            Self::Storage(StorageError::NoSlot) | Self::NoRoom { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Storage(StorageError::Mount { .. }) => Code::UNKNOWN,
             Self::Storage(_) | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Control(ControlError::Ended(_)) => Code::FAILED_PRECONDITION,

@@ -15,6 +15,7 @@ mod hooks;
 mod pause;
 mod pod;
 mod process;
+mod resize;
 mod rootfs;
 mod service;
 mod signal;

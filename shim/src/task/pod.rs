@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -113,6 +114,8 @@ pub struct Pod {
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
+    /// What the guest's memory shall have grown by, in MiB.
+    pub growth_mib: AtomicU32,
     /// None where there is no network namespace.
     network: OnceLock<Option<Ready>>,
     prepared: Mutex<Option<Result<Prepared, BootError>>>,
@@ -150,6 +153,7 @@ impl Pod {
             stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
+            growth_mib: AtomicU32::new(0),
             network: OnceLock::new(),
             prepared: Mutex::new(Some(prepared)),
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
@@ -370,6 +374,7 @@ impl Pod {
             stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
+            growth_mib: AtomicU32::new(0),
             network: OnceLock::new(),
             prepared: Mutex::default(),
             request_timeout: Duration::from_secs(5),

@@ -25,8 +25,7 @@ use vmshim_protocol::agent as api;
 use super::container::Container;
 use super::pod::Pod;
 use super::process::{Phase, Process, Size};
-use super::{TaskError, create, delete, exec, pause, signal};
-use crate::oci::resources_for_guest;
+use super::{TaskError, create, delete, exec, pause, resize, signal};
 
 const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
@@ -244,19 +243,11 @@ impl Task for Service {
     }
 
     async fn update(&self, context: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let container = self.pod.container(&request.id)?;
-        if container.is_stopped() {
-            return Err(TaskError::WrongPhase { verb: "update", phase: "stopped" }.into());
-        }
-        let vm = self.pod.vm()?;
-        let update = api::UpdateContainerRequest {
-            container_id: request.id,
-            resources: resources_for_guest(&request.resources.into_option().unwrap_or_default().value)
-                .map_err(TaskError::from)?,
-            ..Default::default()
-        };
-        let deadline = self.pod.deadline(context.timeout_nano);
-        self.pod.in_guest(vm, vm.agent().update_container(&update, deadline)).await?;
+        let pod = self.pod.clone();
+        let deadline = pod.deadline(context.timeout_nano);
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        detached("update", async move { resize::update(&pod, &request.id, resources, deadline).await })
+            .await?;
         Ok(Empty::default())
     }
 

@@ -142,7 +142,7 @@ impl Launcher<'_> {
                 id: self.id.to_owned(),
                 vcpus: self.machine.vcpus,
                 memory_mib: self.machine.memory_mib,
-                growth_mib: 0,
+                growth_mib: self.machine.growth_mib,
                 kernel_params: vm.kernel_params.clone(),
                 disk_slots: vm.disk_slots,
                 nic_slots: self.nic_slots,
@@ -161,7 +161,8 @@ impl Launcher<'_> {
         };
         supervisor.run(boot, reaped, gone_sender);
         let agent = AgentConnection::new(agent)?;
-        Ok(Arc::new(Vm { control, streams, agent, pid: started.pid, rooted, booted, end, gone }))
+        let machine = self.machine;
+        Ok(Arc::new(Vm { control, streams, agent, machine, pid: started.pid, rooted, booted, end, gone }))
     }
 
     fn make_cgroup(&self, journal: &Journal) -> Result<Vec<File>, LaunchError> {

@@ -1,5 +1,7 @@
 //! How large a pod's machine is.
 
+use vmshim_protocol::control::GROWTH_STEP_MIB;
+
 use crate::config::Config;
 use crate::oci::Limits;
 
@@ -10,7 +12,14 @@ pub struct Machine {
     pub vcpus: u8,
     /// Guest RAM.
     pub memory_mib: u32,
+    /// What it can get beyond that while it runs.
+    pub growth_mib: u32,
+    /// What of all that the guest's kernel and agent need.
+    overhead_mib: u32,
 }
+
+/// What the guest's kernel spends on bookkeeping: 64 of 4096 bytes.
+const BOOKKEEPING: u32 = 64;
 
 impl Machine {
     /// Sizes the machine by the pod's limits, within what the administrator allows. Without a limit, the default; a
@@ -29,10 +38,28 @@ impl Machine {
         } else {
             (vcpus, memory_mib)
         };
+        let memory_mib = memory_mib.max(vm.min_memory_mib).min(vm.max_memory_mib);
+        let room = vm.max_memory_mib.min(host_memory_mib).saturating_sub(memory_mib);
+        let growth_mib = vm.memory_growth_mib.min(room);
         Self {
             vcpus: vcpus.clamp(1, vm.max_vcpus),
-            memory_mib: memory_mib.max(vm.min_memory_mib).min(vm.max_memory_mib),
+            memory_mib,
+            growth_mib: growth_mib - growth_mib % GROWTH_STEP_MIB,
+            overhead_mib: vm.overhead_memory_mib,
         }
+    }
+
+    /// What it needs beyond what it has booted with, in MiB, for containers whose memory limits have this sum.
+    pub fn growth_for(&self, limits_bytes: u64) -> u32 {
+        let limits_mib = u32::try_from(limits_bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        let beyond = limits_mib.saturating_add(self.overhead_mib).saturating_sub(self.memory_mib);
+        if limits_mib == 0 { 0 } else { beyond.saturating_add(beyond.div_ceil(BOOKKEEPING)) }
+    }
+
+    /// The largest sum of memory limits that it can grow to, in MiB.
+    pub fn most_limits_mib(&self) -> u32 {
+        let growth = self.growth_mib - self.growth_mib.div_ceil(BOOKKEEPING + 1);
+        self.memory_mib.saturating_add(growth).saturating_sub(self.overhead_mib)
     }
 }
 
@@ -83,7 +110,44 @@ mod tests {
         assert_eq!(Machine::new(&Config::default(), &limits, 100).memory_mib, 512);
     }
 
+    fn growing(default_mib: u32, growth_mib: u32, host_mib: u32) -> Machine {
+        let mut config = Config::default();
+        config.hypervisor.default_memory_mib = default_mib;
+        config.hypervisor.memory_growth_mib = growth_mib;
+        Machine::new(&config, &Limits::default(), host_mib)
+    }
+
+    #[test]
+    fn a_machine_grows_within_what_it_may_and_the_host_has() {
+        assert_eq!(growing(512, 1024, u32::MAX).growth_mib, 1024);
+        assert_eq!(growing(512, 1100, u32::MAX).growth_mib, 1024);
+        assert_eq!(growing(512, 1024, 1000).growth_mib, 384);
+        assert_eq!(growing(512, 1024, 300).growth_mib, 0);
+        assert_eq!(growing(262_144, 1024, u32::MAX).growth_mib, 0);
+    }
+
+    #[test]
+    fn it_grows_by_what_the_limits_need() {
+        let machine = growing(512, 1024, u32::MAX);
+        let mib = |limit: u64| machine.growth_for(limit << 20);
+        assert_eq!((mib(0), mib(1), mib(448), mib(449), mib(448 + 640)), (0, 0, 0, 2, 650));
+        assert_eq!(machine.growth_for((448 << 20) + 1), 2);
+        assert!(machine.growth_for(u64::MAX) > machine.growth_mib);
+    }
+
     proptest! {
+        #[test]
+        fn the_largest_limits_are_just_met(default_mib in 64u32..4096, growth_mib in 0u32..8192, overhead in 0u32..1024) {
+            let mut config = Config::default();
+            config.hypervisor.default_memory_mib = default_mib;
+            config.hypervisor.memory_growth_mib = growth_mib;
+            config.hypervisor.overhead_memory_mib = overhead;
+            let machine = Machine::new(&config, &Limits::default(), u32::MAX);
+            let most = u64::from(machine.most_limits_mib());
+            prop_assert!(machine.growth_for(most << 20) <= machine.growth_mib);
+            prop_assert!(machine.growth_for(most + 2 << 20) > machine.growth_mib || most == 0);
+        }
+
         #[test]
         fn any_limits_give_a_machine(quota: i64, period: u64, memory: i64) {
             let (vcpus, memory) = machine(quota, period, memory);

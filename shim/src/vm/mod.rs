@@ -40,6 +40,7 @@ pub struct Vm {
     control: Arc<Control>,
     streams: Arc<Streams>,
     agent: AgentConnection,
+    machine: Machine,
     pid: u32,
     rooted: watch::Receiver<bool>,
     booted: watch::Receiver<bool>,
@@ -56,6 +57,11 @@ impl Vm {
     /// The guest's agent. Calls made before the guest is up wait for it.
     pub fn agent(&self) -> &AgentConnection {
         &self.agent
+    }
+
+    /// Its size.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
     }
 
     /// How the VM ended, when it has.
@@ -188,6 +194,29 @@ impl Vm {
         self.request(Command::Resume, &[], deadline).await
     }
 
+    /// Asks the guest to have so much memory beyond what it has booted with. What is asked last counts; calls made after
+    /// the boot ask in their order.
+    ///
+    /// # Errors
+    /// When the VMM refuses, does not answer in time, or is gone.
+    pub async fn resize_memory(&self, growth_mib: u32, deadline: Instant) -> Result<(), ControlError> {
+        self.request(Command::ResizeMemory { growth_mib }, &[], deadline).await
+    }
+
+    /// Waits until the guest has so much memory beyond what it has booted with.
+    ///
+    /// # Errors
+    /// When it does not in time, or is asked to have less, or the VMM is gone.
+    pub async fn await_memory(&self, growth_mib: u32, deadline: Instant) -> Result<(), ControlError> {
+        self.request(Command::AwaitMemory { growth_mib }, &[], deadline).await
+    }
+
+    /// Waits until the VMM has been told to boot, which is when all that is asked of it is asked in order.
+    pub async fn is_booting(&self, deadline: Instant) {
+        let mut booted = self.booted.clone();
+        let _ = timeout_at(deadline, booted.wait_for(|booted| *booted)).await;
+    }
+
     /// Asks a VMM that has taken its configuration, so that a refusal of that is what the caller hears of.
     async fn request(
         &self,
@@ -195,9 +224,8 @@ impl Vm {
         fds: &[(FdRole, BorrowedFd<'_>)],
         deadline: Instant,
     ) -> Result<(), ControlError> {
-        let mut booted = self.booted.clone();
         let asked = async {
-            let _ = timeout_at(deadline, booted.wait_for(|booted| *booted)).await;
+            self.is_booting(deadline).await;
             self.control.request(command, fds, deadline).await
         };
         tokio::select! {
@@ -258,6 +286,7 @@ impl Vm {
             control: Arc::new(Control::new(ours).unwrap()),
             streams: Arc::default(),
             agent: AgentConnection::new(agent).unwrap(),
+            machine: Machine::new(&crate::config::Config::default(), &Default::default(), u32::MAX),
             // No process can have it, so nothing can be killed.
             pid: u32::MAX,
             rooted: always(true),
