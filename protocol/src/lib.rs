@@ -6,6 +6,7 @@
 //! * [`containerd`] (feature `containerd`): services of containerd's, generated from `proto/containerd/`.
 //! * [`control`] (feature `control`): requests, replies and events between the shim and the VMM, with the file
 //!   descriptors that travel along.
+//! * [`cpus`]: how many CPUs a guest brings up.
 //! * [`datagrams`] (feature `datagrams`): how datagrams go through a stream between shim and agent.
 //! * [`netlink`] (feature `netlink`): requests to the kernel that host and guest make of their own network.
 //! * [`nic`]: how the guest knows which virtio-net device is which slot.
@@ -23,6 +24,7 @@ pub mod bpf;
 pub mod containerd;
 #[cfg(feature = "control")]
 pub mod control;
+pub mod cpus;
 #[cfg(feature = "datagrams")]
 pub mod datagrams;
 #[cfg(feature = "netlink")]

@@ -24,6 +24,7 @@ mod limits;
 mod links;
 mod network;
 mod pods;
+mod resize;
 mod restart;
 mod run;
 mod shim;

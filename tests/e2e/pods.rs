@@ -57,6 +57,17 @@ impl Pod {
 
     /// A container of busybox that runs a line, and may be refused.
     pub fn attempt_create(&self, name: &str, line: &str, mounts: &[(&Path, &str)]) -> Result<String> {
+        self.create_limited(name, line, mounts, LinuxContainerResources::default())
+    }
+
+    /// A container of busybox that runs a line within limits, and may be refused.
+    pub fn create_limited(
+        &self,
+        name: &str,
+        line: &str,
+        mounts: &[(&Path, &str)],
+        limits: LinuxContainerResources,
+    ) -> Result<String> {
         let mut config = ContainerConfig {
             command: ["sh", "-c", line].map(str::to_owned).to_vec(),
             mounts: mounts
@@ -73,6 +84,7 @@ impl Pod {
         name.clone_into(&mut config.metadata.mut_or_insert_default().name);
         BUSYBOX.clone_into(&mut config.image.mut_or_insert_default().image);
         let pods = &self.config.linux.security_context;
+        config.linux.mut_or_insert_default().resources = Some(limits).into();
         let own = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
         own.namespace_options = pods.namespace_options.clone();
         own.privileged = pods.privileged;
@@ -85,7 +97,17 @@ impl Pod {
         Ok(self.cri.call::<CreateContainerResponse>("CreateContainer", &request)?.container_id)
     }
 
-    fn call(&self, method: &str, id: &str) {
+    /// Changes a container's limits, unless that is refused.
+    pub fn attempt_update(&self, id: &str, limits: LinuxContainerResources) -> Result<()> {
+        let update = UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(limits).into(),
+            ..Default::default()
+        };
+        self.cri.call::<Empty>("UpdateContainerResources", &update).map(drop)
+    }
+
+    pub fn call(&self, method: &str, id: &str) {
         self.attempt_call(method, id).unwrap();
     }
 
@@ -102,7 +124,7 @@ impl Pod {
         id
     }
 
-    fn stop(&self, id: &str) {
+    pub fn stop(&self, id: &str) {
         let request = StopContainerRequest { container_id: id.to_owned(), timeout: 0, ..Default::default() };
         self.cri.call::<Empty>("StopContainer", &request).unwrap();
     }
@@ -202,12 +224,7 @@ fn two_containers_share_a_pod(handler: &str) {
     let stats = pod.cri.call::<ContainerStatsResponse>("ContainerStats", &request).unwrap().stats;
     assert!(stats.memory.working_set_bytes.value > 0 && stats.cpu.usage_core_nano_seconds.value > 0);
     let limit = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
-    let update = UpdateContainerResourcesRequest {
-        container_id: first.clone(),
-        linux: Some(limit).into(),
-        ..Default::default()
-    };
-    pod.cri.call::<Empty>("UpdateContainerResources", &update).unwrap();
+    pod.attempt_update(&first, limit).unwrap();
     assert_eq!(pod.exec(&first, "cat /sys/fs/cgroup/memory.max"), (64 << 20).to_string());
 
     if handler == "vmshim" {

@@ -137,7 +137,7 @@ fn begin_late_part() -> Readiness {
             log::error(&format!("the shared directory is not there: {error}"));
         }
         sender.send_replace(Late::Mounted);
-        cpus::bring_online();
+        cpus::bring_up();
         if let Err(error) = network::loopback::set_up() {
             log::error(&format!("the loopback interface stays down: {error}"));
         }

@@ -3,7 +3,8 @@
 use crate::boot::{Readiness, cpus};
 use crate::containers::{Containers, request_size};
 use crate::failure::{Failure, Kind};
-use crate::{machine, power};
+use crate::machine::Machine;
+use crate::power;
 use std::sync::Arc;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -12,19 +13,20 @@ use vmshim_protocol::agent::{
     Agent, ConfigureNetworkRequest, ConnectSocketRequest, ConnectTcpRequest, ContainerRequest,
     CreateContainerRequest, Empty, Event, ExecProcessRequest, GuestProcess, HostListeningRequest,
     ListProcessesResponse, ProcessCreated, ProcessRequest, ResizePtyRequest, SetUpPodRequest,
-    SignalProcessRequest, StatsResponse, TransferFilesRequest, UpdateContainerRequest,
+    SignalProcessRequest, StatsResponse, TakeUpRequest, TransferFilesRequest, UpdateContainerRequest,
 };
 
 /// The service.
 pub struct Service {
     containers: Arc<Containers>,
     ready: Readiness,
+    machine: Machine,
 }
 
 impl Service {
     /// Serves these containers once the guest is ready for them.
     pub fn new(containers: Arc<Containers>, ready: Readiness) -> Self {
-        Self { containers, ready }
+        Self { containers, ready, machine: Machine::default() }
     }
 }
 
@@ -141,8 +143,9 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn take_up(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        machine::take_up().await?;
+    async fn take_up(&self, _: &TtrpcContext, request: TakeUpRequest) -> ttrpc::Result<Empty> {
+        self.ready.cpus().await;
+        self.machine.take_up(request.cpus).await?;
         Ok(Empty::new())
     }
 

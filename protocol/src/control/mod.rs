@@ -141,7 +141,7 @@ pub enum FdRole {
 pub struct MachineConfig {
     /// Names the VM in log lines; no meaning otherwise.
     pub id: String,
-    /// vCPUs made. The guest boots with one and its agent brings the others up.
+    /// vCPUs made. The guest boots with one and its agent brings the others up, or as many of them as it is told to.
     pub vcpus: u8,
     /// Guest RAM in MiB.
     pub memory_mib: u32,

@@ -78,7 +78,7 @@ impl AgentConnection {
         /// Changes limits.
         update_container(api::UpdateContainerRequest) -> api::Empty;
         /// Takes up what the machine has got.
-        take_up(api::Empty) -> api::Empty;
+        take_up(api::TakeUpRequest) -> api::Empty;
         /// Freezes a container.
         pause_container(api::ContainerRequest) -> api::Empty;
         /// Thaws a container.

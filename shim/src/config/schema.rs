@@ -124,6 +124,9 @@ settings! {
         default_vcpus: u8 = 1u8, in 1..=64u8;
         /// The most vCPUs that a pod gets, whatever its limit.
         max_vcpus: u8 = 32u8, in 1..=64u8;
+        /// vCPUs beyond its limit that a pod with a CPU limit can get while it runs, when limits are raised or containers
+        /// come that were not known of. Each costs such a pod some 0.2 MiB from the start.
+        vcpu_growth: u8 = 3u8, in 0..=63u8;
         /// Memory of a pod that has no memory limit, in MiB. The host gives pages only as the guest touches them,
         /// but the guest's kernel spends 1.6 % of this on bookkeeping at boot.
         default_memory_mib: u32 = 512u32, in 64..=4_194_304u32;

@@ -63,12 +63,28 @@ impl Limits {
         }
     }
 
+    /// Of both, the larger of each kind.
+    pub fn or_larger(self, other: Self) -> Self {
+        let cpu = if self.milli_cpus() >= other.milli_cpus() { self } else { other };
+        Self { memory: self.memory.max(other.memory), ..cpu }
+    }
+
     /// Whole CPUs that the limit lets run at once.
     pub fn cpus(&self) -> Option<u64> {
+        let (quota, period) = self.cpu_time()?;
+        Some(quota.div_ceil(period))
+    }
+
+    /// The same in thousandths, so that the limits of several containers add up.
+    pub fn milli_cpus(&self) -> Option<u64> {
+        let (quota, period) = self.cpu_time()?;
+        Some(quota.saturating_mul(1000).div_ceil(period))
+    }
+
+    fn cpu_time(&self) -> Option<(u64, u64)> {
         const DEFAULT_PERIOD: u64 = 100_000;
         let quota = u64::try_from(self.quota).ok().filter(|quota| *quota > 0)?;
-        let period = if self.period == 0 { DEFAULT_PERIOD } else { self.period };
-        Some(quota.div_ceil(period))
+        Some((quota, if self.period == 0 { DEFAULT_PERIOD } else { self.period }))
     }
 
     /// The memory limit.
@@ -115,6 +131,15 @@ mod tests {
         for strange in ["", "[]", "{", r#"{"memory":{"limit":"x"},"cpu":7}"#] {
             assert_eq!(update(strange), (Some(2), Some(1024)), "{strange}");
         }
+    }
+
+    #[test]
+    fn the_larger_of_each_kind() {
+        let limits = |quota, period, memory| Limits { quota, period, memory, partial: false };
+        let larger = limits(150_000, 0, 5).or_larger(limits(20_000, 10_000, 3));
+        assert_eq!((larger.milli_cpus(), larger.memory_bytes()), (Some(2000), Some(5)));
+        assert_eq!(limits(-1, 0, -1).or_larger(limits(0, 7, 9)).milli_cpus(), None);
+        assert_eq!(limits(i64::MAX, 1, 0).milli_cpus(), Some(u64::MAX));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use crate::state::{Entry, Journal, PodDir, ProcessId, StateError, undo, undo_pre
 use crate::stdio::{Logger, Opened};
 use crate::storage::{IdMap, Mapping, SharedError, Slots, mount_shared};
 use crate::streaming::Waiting;
-use crate::vm::{LaunchError, Launcher, Machine, Vm, host_memory_mib};
+use crate::vm::{LaunchError, Launcher, Machine, Size, Vm, host_memory_mib};
 
 /// How long to wait for the reason when the guest's connection breaks.
 const REASON_LIMIT: Duration = Duration::from_secs(1);
@@ -114,8 +113,8 @@ pub struct Pod {
     /// Connections to the host's sockets that are being made.
     pub pending_sockets: Arc<Semaphore>,
     vm: OnceLock<Result<Arc<Vm>, Arc<BootError>>>,
-    /// What the guest's memory shall have grown by, in MiB.
-    pub growth_mib: AtomicU32,
+    /// What the machine has been asked to be; none while it is as it was made.
+    pub size: Mutex<Option<Size>>,
     /// None where there is no network namespace.
     network: OnceLock<Option<Ready>>,
     prepared: Mutex<Option<Result<Prepared, BootError>>>,
@@ -153,7 +152,7 @@ impl Pod {
             stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::new(),
-            growth_mib: AtomicU32::new(0),
+            size: Mutex::default(),
             network: OnceLock::new(),
             prepared: Mutex::new(Some(prepared)),
             request_timeout: Duration::from_secs(settings.runtime.request_timeout_seconds.into()),
@@ -374,7 +373,7 @@ impl Pod {
             stopped: Stopped::default(),
             pending_sockets: Arc::new(Semaphore::new(MOST_PENDING)),
             vm: OnceLock::from(Ok(vm.clone())),
-            growth_mib: AtomicU32::new(0),
+            size: Mutex::default(),
             network: OnceLock::new(),
             prepared: Mutex::default(),
             request_timeout: Duration::from_secs(5),

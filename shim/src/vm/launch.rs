@@ -17,6 +17,7 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vmshim_protocol::control::{Command, Event, FdRole, MachineConfig};
+use vmshim_protocol::cpus::PARAMETER;
 use vmshim_protocol::vsock::{AGENT_PORT, LOG_PORT};
 
 use super::control::{Control, ControlError};
@@ -140,10 +141,10 @@ impl Launcher<'_> {
         let boot = Boot {
             configure: MachineConfig {
                 id: self.id.to_owned(),
-                vcpus: self.machine.vcpus,
+                vcpus: self.machine.vcpus + self.machine.spare_vcpus,
                 memory_mib: self.machine.memory_mib,
                 growth_mib: self.machine.growth_mib,
-                kernel_params: vm.kernel_params.clone(),
+                kernel_params: self.kernel_params(),
                 disk_slots: vm.disk_slots,
                 nic_slots: self.nic_slots,
                 receive_limit: vm.receive_limit(),
@@ -163,6 +164,15 @@ impl Launcher<'_> {
         let agent = AgentConnection::new(agent)?;
         let machine = self.machine;
         Ok(Arc::new(Vm { control, streams, agent, machine, pid: started.pid, rooted, booted, end, gone }))
+    }
+
+    /// The administrator's, which come last and therefore win.
+    fn kernel_params(&self) -> String {
+        let own = &self.config.hypervisor.kernel_params;
+        match self.machine {
+            Machine { spare_vcpus: 0, .. } => own.clone(),
+            Machine { vcpus, .. } => format!("{PARAMETER}={vcpus} {own}"),
+        }
     }
 
     fn make_cgroup(&self, journal: &Journal) -> Result<Vec<File>, LaunchError> {

@@ -5,17 +5,28 @@ use vmshim_protocol::control::GROWTH_STEP_MIB;
 use crate::config::Config;
 use crate::oci::Limits;
 
-/// Size of a machine.
+/// A machine as it is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine {
-    /// vCPUs.
+    /// vCPUs that are up at first.
     pub vcpus: u8,
+    /// More of them, which can come up while it runs.
+    pub spare_vcpus: u8,
     /// Guest RAM.
     pub memory_mib: u32,
     /// What it can get beyond that while it runs.
     pub growth_mib: u32,
     /// What of all that the guest's kernel and agent need.
     overhead_mib: u32,
+}
+
+/// What a machine has while it runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs that are up.
+    pub vcpus: u8,
+    /// Memory beyond what it has booted with, in MiB.
+    pub growth_mib: u32,
 }
 
 /// What the guest's kernel spends on bookkeeping: 64 of 4096 bytes.
@@ -41,16 +52,40 @@ impl Machine {
         let memory_mib = memory_mib.max(vm.min_memory_mib).min(vm.max_memory_mib);
         let room = vm.max_memory_mib.min(host_memory_mib).saturating_sub(memory_mib);
         let growth_mib = vm.memory_growth_mib.min(room);
+        let vcpus = vcpus.clamp(1, vm.max_vcpus);
+        // Without a limit there is none to be raised, and each costs the guest's kernel memory.
+        let spare_vcpus = limits.cpus().map_or(0, |_| vm.vcpu_growth.min(vm.max_vcpus - vcpus));
         Self {
-            vcpus: vcpus.clamp(1, vm.max_vcpus),
+            vcpus,
+            spare_vcpus,
             memory_mib,
             growth_mib: growth_mib - growth_mib % GROWTH_STEP_MIB,
             overhead_mib: vm.overhead_memory_mib,
         }
     }
 
+    /// Its size when it has just been made.
+    pub fn made(&self) -> Size {
+        Size { vcpus: self.vcpus, growth_mib: 0 }
+    }
+
+    /// Its size for containers with these limits, as far as it can have it, and no less than it was made with.
+    pub fn size_for(&self, limits: &[Limits]) -> Size {
+        let milli_cpus = limits.iter().filter_map(Limits::milli_cpus).fold(0, u64::saturating_add);
+        let vcpus = u8::try_from(milli_cpus.div_ceil(1000)).unwrap_or(u8::MAX);
+        Size {
+            vcpus: vcpus.clamp(self.vcpus, self.vcpus.saturating_add(self.spare_vcpus)),
+            growth_mib: self.growth_for(sum_of_memory(limits)).min(self.growth_mib),
+        }
+    }
+
+    /// Whether it can have memory for these limits.
+    pub fn has_room_for(&self, limits: &[Limits]) -> bool {
+        self.growth_for(sum_of_memory(limits)) <= self.growth_mib
+    }
+
     /// What it needs beyond what it has booted with, in MiB, for containers whose memory limits have this sum.
-    pub fn growth_for(&self, limits_bytes: u64) -> u32 {
+    fn growth_for(&self, limits_bytes: u64) -> u32 {
         let limits_mib = u32::try_from(limits_bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         let beyond = limits_mib.saturating_add(self.overhead_mib).saturating_sub(self.memory_mib);
         if limits_mib == 0 { 0 } else { beyond.saturating_add(beyond.div_ceil(BOOKKEEPING)) }
@@ -61,6 +96,11 @@ impl Machine {
         let growth = self.growth_mib - self.growth_mib.div_ceil(BOOKKEEPING + 1);
         self.memory_mib.saturating_add(growth).saturating_sub(self.overhead_mib)
     }
+}
+
+/// The sum of memory limits, in bytes.
+pub fn sum_of_memory(limits: &[Limits]) -> u64 {
+    limits.iter().filter_map(Limits::memory_bytes).fold(0, u64::saturating_add)
 }
 
 /// The memory that the host has.
@@ -133,6 +173,28 @@ mod tests {
         assert_eq!((mib(0), mib(1), mib(448), mib(449), mib(448 + 640)), (0, 0, 0, 2, 650));
         assert_eq!(machine.growth_for((448 << 20) + 1), 2);
         assert!(machine.growth_for(u64::MAX) > machine.growth_mib);
+    }
+
+    #[test]
+    fn only_a_machine_with_a_cpu_limit_has_spare_vcpus() {
+        let mut config = Config::default();
+        config.hypervisor.vcpu_growth = 3;
+        config.hypervisor.max_vcpus = 4;
+        let machine = |quota| Machine::new(&config, &Limits { quota, ..Limits::default() }, u32::MAX);
+        let vcpus = |quota| (machine(quota).vcpus, machine(quota).spare_vcpus);
+        assert_eq!(
+            [vcpus(0), vcpus(50_000), vcpus(250_000), vcpus(900_000)],
+            [(1, 0), (1, 3), (3, 1), (4, 0)]
+        );
+        let cpus = |quotas: &[i64]| {
+            let limits = |quota: &i64| Limits { quota: *quota, ..Limits::default() };
+            machine(50_000).size_for(&quotas.iter().map(limits).collect::<Vec<_>>()).vcpus
+        };
+        assert_eq!(
+            [cpus(&[]), cpus(&[-1, 0]), cpus(&[50_000, 50_000]), cpus(&[50_000, 50_001])],
+            [1, 1, 1, 2]
+        );
+        assert_eq!([cpus(&[400_000]), cpus(&[i64::MAX, i64::MAX])], [4, 4]);
     }
 
     proptest! {

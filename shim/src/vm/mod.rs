@@ -25,7 +25,7 @@ use vmshim_protocol::control::{Command, FdRole, Response, Statistics};
 pub use control::ControlError;
 pub use end::End;
 pub use launch::{LaunchError, Launcher};
-pub use machine::{Machine, host_memory_mib};
+pub use machine::{Machine, Size, host_memory_mib, sum_of_memory};
 pub use streams::{Closed, Port};
 
 use crate::agent_client::AgentConnection;
