@@ -469,7 +469,7 @@ impl Prepared {
         let (hypervisor, runtime) = (&config.hypervisor, &config.runtime);
         let machine = Machine::new(&config, &shape.limits, host_memory_mib());
         let slots = if shape.netns.is_some() { hypervisor.nic_slots } else { 0 };
-        let nics = Nics { slots, queues: queue_pairs(machine.vcpus) };
+        let nics = Nics { slots, queues: queue_pairs(machine.all_vcpus()) };
         let launcher = Launcher {
             config: &config,
             machine,

@@ -141,7 +141,7 @@ impl Launcher<'_> {
         let boot = Boot {
             configure: MachineConfig {
                 id: self.id.to_owned(),
-                vcpus: self.machine.vcpus + self.machine.spare_vcpus,
+                vcpus: self.machine.all_vcpus(),
                 memory_mib: self.machine.memory_mib,
                 growth_mib: self.machine.growth_mib,
                 kernel_params: self.kernel_params(),

@@ -64,6 +64,11 @@ impl Machine {
         }
     }
 
+    /// Its vCPUs, those that are spare included.
+    pub fn all_vcpus(&self) -> u8 {
+        self.vcpus.saturating_add(self.spare_vcpus)
+    }
+
     /// Its size when it has just been made.
     pub fn made(&self) -> Size {
         Size { vcpus: self.vcpus, growth_mib: 0 }
@@ -74,7 +79,7 @@ impl Machine {
         let milli_cpus = limits.iter().filter_map(Limits::milli_cpus).fold(0, u64::saturating_add);
         let vcpus = u8::try_from(milli_cpus.div_ceil(1000)).unwrap_or(u8::MAX);
         Size {
-            vcpus: vcpus.clamp(self.vcpus, self.vcpus.saturating_add(self.spare_vcpus)),
+            vcpus: vcpus.clamp(self.vcpus, self.all_vcpus()),
             growth_mib: self.growth_for(sum_of_memory(limits)).min(self.growth_mib),
         }
     }
@@ -207,7 +212,7 @@ mod tests {
             let machine = Machine::new(&config, &Limits::default(), u32::MAX);
             let most = u64::from(machine.most_limits_mib());
             prop_assert!(machine.growth_for(most << 20) <= machine.growth_mib);
-            prop_assert!(machine.growth_for(most + 2 << 20) > machine.growth_mib || most == 0);
+            prop_assert!(machine.growth_for((most + 2) << 20) > machine.growth_mib || most == 0);
         }
 
         #[test]
