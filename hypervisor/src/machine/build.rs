@@ -148,7 +148,8 @@ pub fn build(plan: &Plan, parts: Parts, io: &EventLoop) -> Result<Machine, Build
     }
 
     let parameters = root_image.kernel_parameters();
-    let command_line = CommandLine::new(parameters, &platform.windows, plan.kernel_params())?;
+    let command_line =
+        CommandLine::new(plan.memory_mib(), parameters, &platform.windows, plan.kernel_params())?;
     let source = BootSource {
         kernel: &parts.kernel,
         root_image: &root_image,

@@ -71,6 +71,11 @@ impl Plan {
         self.0.vcpus
     }
 
+    /// Guest RAM in MiB.
+    pub fn memory_mib(&self) -> u32 {
+        self.0.memory_mib
+    }
+
     /// A whole number of MiB.
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.0.memory_mib) << 20
