@@ -65,7 +65,7 @@ struct Server {
     streams: Streams,
     started_ns: u64,
     first_dial_ns: Arc<AtomicU64>,
-    /// Readable when the guest's memory has changed in size.
+    /// Readable when the guest has taken up more memory.
     resized: Arc<EventFd>,
     life: Mutex<Life>,
 }

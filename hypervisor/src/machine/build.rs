@@ -20,7 +20,6 @@ use crate::boot::{self, BootError, BootSource, CommandLine, CommandLineError, Pl
 use crate::devices::legacy::Console;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::Blk;
-
 use crate::devices::virtio::fs::{SharedDirectory, SharedDirectoryError, VirtioFs};
 use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::net::{Limits, Net};
@@ -53,7 +52,7 @@ pub struct Parts {
     pub streams: Streams,
     /// Where the machine's end is declared.
     pub ending: Ending,
-    /// Called on the `io` thread when the guest has more memory or less.
+    /// Called on any thread when the guest has taken up more memory.
     pub resized: Box<dyn Fn() + Send>,
 }
 

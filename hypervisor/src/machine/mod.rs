@@ -129,11 +129,11 @@ impl Machine {
         self.mem.as_ref().map_or(bytes == 0, |mem| lock(mem).request(bytes))
     }
 
-    /// Bytes of memory that the guest shall have, and that it has, beyond what it has booted with.
+    /// Bytes of memory that the guest shall have, and that it has taken up, beyond what it has booted with.
     pub fn growth(&self) -> (u64, u64) {
         self.mem.as_ref().map_or((0, 0), |mem| {
             let mem = lock(mem);
-            (mem.requested_bytes(), mem.plugged_bytes())
+            (mem.requested_bytes(), mem.taken_up_bytes())
         })
     }
 
@@ -160,7 +160,7 @@ impl Machine {
     pub fn statistics(&self) -> Statistics {
         Statistics {
             first_instruction_ns: self.first_run.load(Ordering::Acquire),
-            grown_bytes: self.growth().1,
+            grown_bytes: self.mem.as_ref().map_or(0, |mem| lock(mem).plugged_bytes()),
             vcpu_exits: self.exits.load(Ordering::Relaxed),
             devices: self.devices.iter().map(SharedDevice::statistics).collect(),
             ..Default::default()

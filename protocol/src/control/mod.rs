@@ -96,7 +96,7 @@ pub enum Command {
         /// In MiB, rounded up to what the device can tell apart; at most [`MachineConfig::growth_mib`].
         growth_mib: u32,
     },
-    /// Answered, whatever comes in between, as soon as the guest has that much memory beyond
+    /// Answered, whatever comes in between, as soon as the guest's kernel has taken up that much memory beyond
     /// [`MachineConfig::memory_mib`]; refused when less is asked of it.
     AwaitMemory {
         /// In MiB, at most that of the last [`Command::ResizeMemory`].

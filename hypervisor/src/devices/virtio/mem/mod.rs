@@ -11,6 +11,7 @@
 mod request;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::Bytes;
 use vmshim_protocol::control::DeviceStatistics;
@@ -30,14 +31,19 @@ mod feature {
     pub const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 }
 
-/// Bytes of the configuration space (section 5.15.4).
+/// Bytes of the configuration space (section 5.15.4), and where in it is what the guest shall have.
 const CONFIG_BYTES: usize = 56;
+const REQUESTED: usize = 48;
 
 /// The device.
 pub struct Mem {
     growth: Arc<Growth>,
     requested: u64,
-    /// Called when more or less is plugged in.
+    /// What was plugged in when the driver last had nothing to do.
+    taken_up: AtomicU64,
+    /// The driver has been asked to look whether there is anything to do.
+    asked: AtomicBool,
+    /// Called when the guest can use more memory.
     changed: Box<dyn Fn() + Send>,
     active: Option<Active>,
     statistics: DeviceStatistics,
@@ -49,10 +55,19 @@ struct Active {
 }
 
 impl Mem {
-    /// A device for `growth` of which the guest shall have nothing. `changed` is called on the `io` thread.
+    /// A device for `growth` of which the guest shall have nothing. `changed` is called on any thread when there may be
+    /// more in [`Mem::taken_up_bytes`].
     pub fn new(growth: Arc<Growth>, changed: impl Fn() + Send + 'static) -> Self {
         let statistics = DeviceStatistics { name: "mem".into(), ..Default::default() };
-        Self { growth, requested: 0, changed: Box::new(changed), active: None, statistics }
+        Self {
+            growth,
+            requested: 0,
+            taken_up: AtomicU64::new(0),
+            asked: AtomicBool::new(false),
+            changed: Box::new(changed),
+            active: None,
+            statistics,
+        }
     }
 
     /// Asks the guest to have `bytes` plugged in, rounded up to whole blocks. False where there is no room for it.
@@ -63,6 +78,7 @@ impl Mem {
         if let Some(active) = &self.active {
             active.interrupt.signal_config();
         }
+        self.ask_whether_taken_up();
         true
     }
 
@@ -76,6 +92,24 @@ impl Mem {
         self.growth.plugged_bytes()
     }
 
+    /// Bytes that the guest has, as far as its kernel has taken them up: what is plugged in is not yet what a process can
+    /// use. A driver that has all it shall have is told of a change that is none, and when it then looks what it shall
+    /// have, which Linux does once it has finished what it was doing, it has taken up all there is.
+    pub fn taken_up_bytes(&self) -> u64 {
+        self.taken_up.load(Ordering::Acquire).min(self.growth.plugged_bytes())
+    }
+
+    fn ask_whether_taken_up(&self) {
+        let plugged = self.growth.plugged_bytes();
+        if let Some(active) = &self.active
+            && plugged >= self.requested
+            && plugged > self.taken_up.load(Ordering::Acquire)
+        {
+            self.asked.store(true, Ordering::Release);
+            active.interrupt.signal_config();
+        }
+    }
+
     fn config(&self) -> [u8; CONFIG_BYTES] {
         let mut config = [0; CONFIG_BYTES];
         let mut put = |at: usize, value: u64| config[at..at + 8].copy_from_slice(&value.to_le_bytes());
@@ -85,16 +119,18 @@ impl Mem {
         // All of it is usable at any time: what is requested is the limit.
         put(32, self.growth.size());
         put(40, self.growth.plugged_bytes());
-        put(48, self.requested);
+        put(REQUESTED, self.requested);
         config
     }
 
     fn serve(&mut self) {
-        let Self { growth, requested, active: Some(active), statistics, changed } = self else { return };
+        let Self { growth, requested, active: Some(active), statistics, taken_up, .. } = self else { return };
         let before = growth.plugged_bytes();
         active.service.serve(|memory, chain| answer(memory, chain, growth, *requested, statistics));
-        if growth.plugged_bytes() != before {
-            changed();
+        let after = growth.plugged_bytes();
+        taken_up.fetch_min(after, Ordering::AcqRel);
+        if after > before {
+            self.ask_whether_taken_up();
         }
     }
 }
@@ -123,6 +159,10 @@ impl VirtioDevice for Mem {
         for (byte, value) in data.iter_mut().zip(rest) {
             *byte = *value;
         }
+        if usize::try_from(offset) == Ok(REQUESTED) && self.asked.swap(false, Ordering::AcqRel) {
+            self.taken_up.store(self.growth.plugged_bytes(), Ordering::Release);
+            (self.changed)();
+        }
     }
 
     /// What is plugged in stays so when a driver comes and goes (section 5.15.5).
@@ -134,6 +174,7 @@ impl VirtioDevice for Mem {
 
     fn reset(&mut self) {
         self.active = None;
+        self.asked.store(false, Ordering::Release);
     }
 
     fn on_queue(&mut self, _index: usize) {
