@@ -20,7 +20,9 @@ impl SmallMachines {
     const PATH: &str = "/etc/vmshim/config.d/resize.toml";
 
     fn new(more: &str) -> Self {
-        let text = format!("[hypervisor]\ndefault_memory_mib = 128\nmemory_growth_mib = 512\n{more}\n");
+        let text = format!(
+            "[hypervisor]\ndefault_memory_mib = 96\nmin_memory_mib = 96\nmemory_growth_mib = 512\n{more}\n"
+        );
         fs::write(Self::PATH, text).unwrap();
         Self
     }
@@ -75,7 +77,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// Uses at once more memory than a machine has that has not grown, and lets go of it.
-const USE_112_MIB: &str = "dd if=/dev/zero of=/dev/null bs=112M count=1 2>&1";
+const USE_56_MIB: &str = "dd if=/dev/zero of=/dev/null bs=56M count=1 2>&1";
 
 fn memory_comes_and_goes(handler: &str) {
     let host = host();
@@ -83,21 +85,22 @@ fn memory_comes_and_goes(handler: &str) {
     let pod = pod(&host, handler);
     let id = started(&pod, "c", memory(32));
     let before = guest_mib(&pod, &id);
-    assert!(before < 128, "{before} MiB");
+    assert!(before < 96, "{before} MiB");
+    let idle = resident_mib();
 
-    pod.attempt_update(&id, memory(256)).unwrap();
-    assert_eq!(pod.exec(&id, "cat /sys/fs/cgroup/memory.max"), (256 * MIB).to_string());
+    pod.attempt_update(&id, memory(128)).unwrap();
+    assert_eq!(pod.exec(&id, "cat /sys/fs/cgroup/memory.max"), (128 * MIB).to_string());
     let grown = guest_mib(&pod, &id);
-    assert!((before + 192..before + 200).contains(&grown), "{before} MiB have become {grown}");
-    pod.exec(&id, USE_112_MIB);
+    assert!((before + 96..before + 104).contains(&grown), "{before} MiB have become {grown}");
+    pod.exec(&id, USE_56_MIB);
     // What is free is reported some seconds later.
     let peak = resident_mib();
-    assert!(peak > 128, "{peak} MiB");
+    assert!(peak > idle + 40, "{idle} MiB have become {peak}");
 
     pod.attempt_update(&id, memory(32)).unwrap();
     assert_eq!(pod.exec(&id, "cat /sys/fs/cgroup/memory.max"), (32 * MIB).to_string());
     until("the guest has given memory back", || guest_mib(&pod, &id) == before);
-    until("the host has it back", || resident_mib() < 100);
+    until("the host has it back", || resident_mib() < idle + 20);
     pod.end();
     host.assert_nothing_left();
 }
@@ -143,7 +146,7 @@ fn a_limit_that_the_machine_cannot_meet_is_refused_and_changes_nothing() {
     for mib in [600, 1 << 20, i64::MAX / MIB] {
         let error = pod.attempt_update(&id, memory(mib)).unwrap_err();
         let text = &error.downcast_ref::<Refusal>().unwrap().message;
-        assert!(text.contains("it has room for 568 MiB: choose a smaller limit"), "{text}");
+        assert!(text.contains("it has room for 536 MiB: choose a smaller limit"), "{text}");
     }
     assert_eq!(pod.exec(&id, "cat /sys/fs/cgroup/memory.max"), (32 * MIB).to_string());
     assert_eq!(guest_mib(&pod, &id), before);
