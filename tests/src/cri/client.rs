@@ -60,7 +60,20 @@ impl Cri {
     /// # Errors
     /// A [`Refusal`], or what is wrong with the connection.
     pub fn call<T: Message>(&self, method: &str, request: &impl Message) -> Result<T> {
-        let call = async { tokio::time::timeout(LIMIT, self.exchange(method, request)).await };
+        self.call_within(LIMIT, method, request)
+    }
+
+    /// Calls a method of the runtime service that is given up after `limit`.
+    ///
+    /// # Errors
+    /// As of [`Cri::call`]; [`is_unanswered`] tells a call that was given up.
+    pub fn call_within<T: Message>(
+        &self,
+        limit: Duration,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<T> {
+        let call = async { tokio::time::timeout(limit, self.exchange(method, request)).await };
         let answered = self.runtime.block_on(call).with_context(|| format!("{method} is not answered"))?;
         Ok(T::parse_from_bytes(&answered.with_context(|| method.to_owned())?)?)
     }
@@ -90,6 +103,11 @@ impl Cri {
     }
 }
 
+/// Whether a call failed because nobody answered it in time.
+pub fn is_unanswered(error: &anyhow::Error) -> bool {
+    error.is::<tokio::time::error::Elapsed>()
+}
+
 /// A message as gRPC frames it: not compressed, its length, itself.
 fn frame(message: &[u8]) -> Result<Vec<u8>> {
     let length = u32::try_from(message.len())?.to_be_bytes();
@@ -107,10 +125,24 @@ fn check(trailers: &HeaderMap) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cri::Empty;
 
     #[test]
     fn messages_are_framed() {
         assert_eq!(frame(b"ab").unwrap(), b"\0\0\0\0\x02ab");
+    }
+
+    #[test]
+    fn a_call_without_an_answer_is_told_from_one_that_failed() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("silent");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let silent = Cri::connect(&socket).unwrap();
+        let unanswered = silent.call_within::<Empty>(Duration::ZERO, "Version", &Empty::new()).unwrap_err();
+        assert!(is_unanswered(&unanswered));
+        drop(listener);
+        let failed = silent.call::<Empty>("Version", &Empty::new()).unwrap_err();
+        assert!(!is_unanswered(&failed));
     }
 
     #[test]

@@ -15,5 +15,5 @@ mod messages {
     include!(concat!(env!("OUT_DIR"), "/cri.rs"));
 }
 
-pub use client::{Cri, Refusal};
+pub use client::{Cri, Refusal, is_unanswered};
 pub use messages::*;
