@@ -4,11 +4,14 @@
 //! instruction, so that a figure is a count of work that does not depend on the machine; see `scripts/bench --help`.
 
 mod memory;
+mod pod;
+mod pods;
 mod report;
 mod run;
 mod size;
 mod stdio;
 
+pub use pod::prepare_network;
 pub use report::{Figure, Report, Row};
 
 use std::path::Path;
@@ -22,12 +25,12 @@ use crate::containerd::Containerd;
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
 /// What can be measured, in the order of the table.
-pub const ROWS: [&str; 5] = ["run", "exec", "memory", "stdio", "size"];
+pub const ROWS: [&str; 6] = ["run", "exec", "memory", "stdio", "size", "pods"];
 
 /// How a benchmark is made.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    /// The daemon, with [`IMAGE`] imported.
+    /// The daemon, with [`IMAGE`] imported, also for pods, on the network of [`prepare_network`].
     pub daemon: &'a Containerd,
     /// Counted runs of each measurement; one more goes before them uncounted.
     pub runs: usize,
@@ -52,6 +55,7 @@ pub fn measure(plan: &Plan<'_>, rows: &[String], report: &mut Report) -> Result<
             "memory" => memory::idle(plan, report)?,
             "stdio" => stdio::cat(plan, report)?,
             "size" => size::programs(plan, report)?,
+            "pods" => pods::lives(plan, report)?,
             other => bail!("no row is named {other:?}; there are {}", ROWS.join(", ")),
         }
     }

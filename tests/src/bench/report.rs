@@ -105,7 +105,7 @@ impl Report {
     /// The table a person reads.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "mode {}, {}, host kernel {}; median (min..max) of n runs\n\n{:<34} {:>24} {:>24} {:>6}  {}\n",
+            "mode {}, {}, host kernel {}; median (min..max) of n runs\n\n{:<46} {:>24} {:>24} {:>6}  {}\n",
             self.mode, self.containerd, self.host_kernel, "", "vmshim", "runc", "ratio", "limit"
         );
         for row in &self.rows {
@@ -115,7 +115,7 @@ impl Report {
             let ratio = row.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
             let hung = if row.hung > 0 { format!("  ({} hung, repeated)", row.hung) } else { String::new() };
             text.push_str(&format!(
-                "{name:<34} {ours:>24} {theirs:>24} {ratio:>6}  {}{hung}\n",
+                "{name:<46} {ours:>24} {theirs:>24} {ratio:>6}  {}{hung}\n",
                 row.verdict()
             ));
         }

@@ -1,5 +1,6 @@
 //! Runs the benchmark inside the test host; `scripts/bench` is the way to call it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,8 +9,9 @@ use vmshim_tests::bench::{self, Plan, ROWS, Report};
 use vmshim_tests::containerd::Containerd;
 
 const HELP: &str = "\
-Usage: bench --containerd DIR --image TAR --scratch DIR [--mode NAME] [--runs N] [--stream-mib N] [--json FILE] [ROW…]
-Measures vmshim beside runc. Rows: run exec memory stdio size; all where none is named.
+Usage: bench --containerd DIR --image TAR --pause TAR --scratch DIR [--mode NAME] [--runs N]
+  [--stream-mib N] [--json FILE] [ROW…]
+Measures vmshim beside runc. Rows: run exec memory stdio size pods; all where none is named.
 Exit code: 0 when every limit is kept, 1 when one is missed or a measurement failed, 2 on wrong usage.";
 
 /// Ten times what a run takes where time is counted instructions.
@@ -21,6 +23,7 @@ const HANG: Duration = Duration::from_secs(60);
 struct Arguments {
     containerd: PathBuf,
     image: PathBuf,
+    pause: PathBuf,
     scratch: PathBuf,
     mode: String,
     runs: usize,
@@ -30,7 +33,8 @@ struct Arguments {
 }
 
 fn arguments() -> Result<Arguments> {
-    let (mut containerd, mut image, mut scratch, mut json) = (None, None, None, None);
+    let (mut containerd, mut image, mut pause) = (None, None, None);
+    let (mut scratch, mut json) = (None, None);
     let (mut mode, mut runs, mut stream_mib, mut rows) = ("hardware".to_owned(), 10, 256, Vec::new());
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -38,6 +42,7 @@ fn arguments() -> Result<Arguments> {
         match word.as_str() {
             "--containerd" => containerd = Some(value()?.into()),
             "--image" => image = Some(value()?.into()),
+            "--pause" => pause = Some(value()?.into()),
             "--scratch" => scratch = Some(value()?.into()),
             "--json" => json = Some(value()?.into()),
             "--mode" => mode = value()?,
@@ -53,6 +58,7 @@ fn arguments() -> Result<Arguments> {
     Ok(Arguments {
         containerd: containerd.context("--containerd is missing")?,
         image: image.context("--image is missing")?,
+        pause: pause.context("--pause is missing")?,
         scratch: scratch.context("--scratch is missing")?,
         mode,
         runs,
@@ -63,8 +69,12 @@ fn arguments() -> Result<Arguments> {
 }
 
 fn run(arguments: &Arguments) -> Result<bool> {
+    bench::prepare_network(&arguments.scratch)?;
     let daemon = Containerd::start(&arguments.containerd, &arguments.scratch)?;
     daemon.import(&arguments.image, "overlayfs")?;
+    for image in [&arguments.image, &arguments.pause] {
+        daemon.import_for_pods(image)?;
+    }
     let plan = Plan {
         daemon: &daemon,
         runs: arguments.runs,
@@ -75,13 +85,13 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let mut report = Report {
         mode: arguments.mode.clone(),
         containerd: daemon.version()?,
-        host_kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        host_kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         rows: Vec::new(),
     };
     let measured = bench::measure(&plan, &arguments.rows, &mut report);
     print!("{}", report.table());
     if let Some(path) = &arguments.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
+        fs::write(path, serde_json::to_vec_pretty(&report)?)?;
     }
     measured?;
     Ok(report.rows.iter().all(|row| row.met() != Some(false)))
