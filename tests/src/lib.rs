@@ -7,4 +7,5 @@ pub mod census;
 pub mod containerd;
 pub mod cri;
 pub mod image;
+pub mod load;
 pub mod timeline;

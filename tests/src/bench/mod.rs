@@ -4,6 +4,7 @@
 //! instruction, so that a figure is a count of work that does not depend on the machine; see `scripts/bench --help`.
 
 mod memory;
+mod network;
 mod pod;
 mod pods;
 mod report;
@@ -25,7 +26,7 @@ use crate::containerd::Containerd;
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
 /// What can be measured, in the order of the table.
-pub const ROWS: [&str; 6] = ["run", "exec", "memory", "stdio", "size", "pods"];
+pub const ROWS: [&str; 7] = ["run", "exec", "memory", "stdio", "size", "pods", "network"];
 
 /// How a benchmark is made.
 #[derive(Debug)]
@@ -38,6 +39,10 @@ pub struct Plan<'a> {
     pub hang: Duration,
     /// Bytes through `cat`.
     pub stream_bytes: u64,
+    /// MiB from one pod to another.
+    pub network_mib: u32,
+    /// The program `bench-load`.
+    pub load: &'a Path,
     /// Where the programs are installed.
     pub prefix: &'a Path,
 }
@@ -56,6 +61,7 @@ pub fn measure(plan: &Plan<'_>, rows: &[String], report: &mut Report) -> Result<
             "stdio" => stdio::cat(plan, report)?,
             "size" => size::programs(plan, report)?,
             "pods" => pods::lives(plan, report)?,
+            "network" => network::between_pods(plan, report)?,
             other => bail!("no row is named {other:?}; there are {}", ROWS.join(", ")),
         }
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use protobuf::Message;
 
 use super::run::MOST_HUNG;
@@ -13,7 +13,8 @@ use super::{IMAGE, Plan};
 use crate::containerd::tail;
 use crate::cri::{
     ContainerConfig, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Cri, Empty,
-    PodSandboxConfig, PodSandboxRequest, RunPodSandboxRequest, RunPodSandboxResponse, is_unanswered,
+    ExecSyncRequest, ExecSyncResponse, Mount, PodSandboxConfig, PodSandboxRequest, RunPodSandboxRequest,
+    RunPodSandboxResponse, is_unanswered,
 };
 
 /// The runtime handlers of CRI: ours, and the one beside it.
@@ -21,6 +22,12 @@ pub const HANDLERS: [&str; 2] = ["vmshim", "runc"];
 
 /// A container's command that does nothing until it is killed.
 pub const SLEEP: &[&str] = &["sleep", "100000"];
+
+/// Where a container has [`Plan::load`].
+pub const LOAD: &str = "/bench-load";
+
+/// How many times longer than a call a load may take that gives no sign of life.
+const LOAD_LIMIT: u32 = 4;
 
 /// One bridge for all pods, to which a veth leads from each.
 const NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "bench", "plugins": [{"type": "bridge", "bridge": "bench0",
@@ -97,10 +104,18 @@ pub struct Pod<'a> {
 }
 
 impl Pod<'_> {
-    /// A container of busybox.
-    pub fn create(&self, name: &str, command: &[&str]) -> Result<String> {
+    /// A container of busybox, with files and directories of the host's.
+    pub fn create(&self, name: &str, command: &[&str], mounts: &[(&Path, &str)]) -> Result<String> {
+        let mount = |(from, to): &(&Path, &str)| {
+            anyhow::Ok(Mount {
+                host_path: from.to_str().context("a mount's path is not UTF-8")?.to_owned(),
+                container_path: (*to).to_owned(),
+                ..Default::default()
+            })
+        };
         let mut config = ContainerConfig {
             command: command.iter().map(|word| (*word).to_owned()).collect(),
+            mounts: mounts.iter().map(mount).collect::<Result<_>>()?,
             ..Default::default()
         };
         name.clone_into(&mut config.metadata.mut_or_insert_default().name);
@@ -119,6 +134,40 @@ impl Pod<'_> {
     pub fn start(&self, container: &str) -> Result<()> {
         let request = ContainerRequest { container_id: container.to_owned(), ..Default::default() };
         self.pods.call::<Empty>("StartContainer", &request).map(drop)
+    }
+
+    /// A container that runs, and has [`LOAD`].
+    pub fn loaded(&self, name: &str, command: &[&str], mounts: &[(&Path, &str)]) -> Result<String> {
+        let mounts = [&[(self.pods.plan.load, LOAD)], mounts].concat();
+        let container = self.create(name, command, &mounts)?;
+        self.start(&container)?;
+        Ok(container)
+    }
+
+    /// What a command prints in a container.
+    pub fn exec(&self, container: &str, command: &[&str]) -> Result<String> {
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            ..Default::default()
+        };
+        let limit = self.pods.plan.hang * LOAD_LIMIT;
+        let done: ExecSyncResponse = self.pods.cri.call_within(limit, "ExecSync", &request)?;
+        let errors = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.exit_code == 0, "{command:?} failed with {}: {errors}", done.exit_code);
+        Ok(String::from_utf8(done.stdout)?)
+    }
+
+    /// The figures that [`LOAD`] prints.
+    pub fn measure(&self, container: &str, load: &[&str]) -> Result<Vec<f64>> {
+        let text = self.exec(container, &[&[LOAD], load].concat())?;
+        text.lines().map(|line| line.parse().with_context(|| format!("{line:?} is no figure"))).collect()
+    }
+
+    /// Its IPv4 address.
+    pub fn address(&self, container: &str) -> Result<String> {
+        let text = self.exec(container, &["ip", "-4", "-o", "address", "show", "dev", "eth0"])?;
+        address(&text).with_context(|| format!("{text:?} has no address"))
     }
 
     /// Stops and removes it with its containers.
@@ -143,5 +192,25 @@ impl Drop for Pod<'_> {
             // A guest that hung is waited for first; what is left after that shows in the next pod.
             let _ = self.remove(Duration::from_secs(180));
         }
+    }
+}
+
+/// The address of `ip -o address`, without its prefix length.
+fn address(text: &str) -> Option<String> {
+    let mut words = text.split_whitespace();
+    words.find(|word| *word == "inet")?;
+    Some(words.next()?.split('/').next()?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_found() {
+        let text = "2: eth0    inet 10.89.0.7/16 brd 10.89.255.255 scope global eth0\\ valid_lft forever\n";
+        assert_eq!(address(text).unwrap(), "10.89.0.7");
+        assert_eq!(address("2: eth0    inet"), None);
+        assert_eq!(address(""), None);
     }
 }

@@ -53,11 +53,11 @@ fn life(pods: &Pods<'_>, handler: &str) -> Result<Times> {
     let started = Instant::now();
     let pod = pods.run(handler)?;
     let ran = Instant::now();
-    let first = pod.create("first", SLEEP)?;
+    let first = pod.create("first", SLEEP, &[])?;
     let created = Instant::now();
     pod.start(&first)?;
     let first_started = Instant::now();
-    let second = pod.create("second", SLEEP)?;
+    let second = pod.create("second", SLEEP, &[])?;
     pod.start(&second)?;
     let second_started = Instant::now();
     pod.end()?;

@@ -37,7 +37,7 @@ impl Figure {
 pub struct Row {
     /// What was measured.
     pub name: String,
-    /// Of the figures: `ms`, `MiB`, `MB/s`.
+    /// Of the figures: `ms`, `µs`, `MiB`, `MB/s`.
     pub unit: &'static str,
     /// Ours.
     pub vmshim: Figure,
