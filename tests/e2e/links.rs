@@ -77,8 +77,10 @@ fn a_pod_of_several_vcpus_talks_by_several_queues() {
                 });
             }
         });
-        let counted = inside(&container, "count", "grep . /sys/class/net/eth0/queues/tx-*/xps_cpus");
-        assert!(counted.contains("tx-0/xps_cpus:1") && counted.contains("tx-1/xps_cpus:2"), "{counted}");
+        // As many digits as the machine can have CPUs.
+        let masks = inside(&container, "masks", "cat /sys/class/net/eth0/queues/tx-*/xps_cpus");
+        let masks: Vec<_> = masks.lines().map(|mask| mask.trim_start_matches('0')).collect();
+        assert_eq!(masks, ["1", "2"]);
         let talk = Talk { pair: &pair, container: &container, bytes: SOME };
         talk.inwards("queues-peer", "10.9.0.2:7002");
 
