@@ -88,3 +88,25 @@ pub trait VirtioDevice: Send {
     /// Counters for [`vmshim_protocol::control::Statistics`].
     fn statistics(&self) -> vmshim_protocol::control::DeviceStatistics;
 }
+
+/// What [`VirtioDevice::read_config`] reads of a configuration space that is the bytes of `space`.
+pub fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+    for (byte, value) in data.iter_mut().zip(rest.iter().chain(std::iter::repeat(&0))) {
+        *byte = *value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read_space;
+
+    #[test]
+    fn past_the_end_of_the_space_there_is_nothing() {
+        for (offset, expected) in [(0, [1, 2]), (1, [2, 3]), (2, [3, 0]), (3, [0, 0]), (u32::MAX, [0, 0])] {
+            let mut data = [7; 2];
+            read_space(&[1, 2, 3], offset, &mut data);
+            assert_eq!(data, expected);
+        }
+    }
+}

@@ -17,7 +17,7 @@ pub mod pmem;
 pub mod rng;
 pub mod vsock;
 
-pub use device::{Activation, ActivationError, VirtioDevice};
+pub use device::{Activation, ActivationError, VirtioDevice, read_space};
 pub use interrupt::Interrupt;
 pub use mmio::{MMIO_WINDOW, MmioTransport, QUEUE_NOTIFY};
 pub use throttle::{Bucket, Throttle};

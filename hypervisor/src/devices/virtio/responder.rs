@@ -5,7 +5,7 @@
 use vmshim_protocol::control::DeviceStatistics;
 
 use super::service::{Chain, Service};
-use super::{Activation, ActivationError, RING_EVENT_IDX, VirtioDevice};
+use super::{Activation, ActivationError, RING_EVENT_IDX, VirtioDevice, read_space};
 use crate::event_loop::Readiness;
 use crate::memory::GuestRam;
 
@@ -73,11 +73,7 @@ impl<R: Responder> VirtioDevice for Responding<R> {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config = self.responder.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        for (byte, value) in data.iter_mut().zip(rest.iter().chain(std::iter::repeat(&0))) {
-            *byte = *value;
-        }
+        read_space(self.responder.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {

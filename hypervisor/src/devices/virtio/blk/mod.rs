@@ -16,6 +16,7 @@ use vmshim_protocol::control::DeviceStatistics;
 use super::service::{Chain, Service};
 use super::{
     Activation, ActivationError, Interrupt, PLACEHOLDER, RING_EVENT_IDX, RING_INDIRECT_DESC, VirtioDevice,
+    read_space,
 };
 use crate::event_loop::Readiness;
 use crate::memory::GuestRam;
@@ -163,11 +164,7 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or(&[]);
-        for (byte, value) in data.iter_mut().zip(rest) {
-            *byte = *value;
-        }
+        read_space(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {

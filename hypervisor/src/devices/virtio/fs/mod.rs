@@ -59,7 +59,7 @@ use virtio_queue::{Queue, QueueT};
 use vmshim_protocol::control::DeviceStatistics;
 use vmshim_protocol::shared::TAG;
 
-use super::{Activation, ActivationError, Interrupt, VirtioDevice};
+use super::{Activation, ActivationError, Interrupt, VirtioDevice, read_space};
 use crate::event_loop::{Interest, Readiness};
 use crate::memory::{GuestMemory, GuestRam};
 use chain::Chain;
@@ -272,12 +272,7 @@ impl VirtioDevice for VirtioFs {
         let mut space = [0; TAG_BYTES + size_of::<u32>()];
         space[..TAG.len()].copy_from_slice(TAG.as_bytes());
         space[TAG_BYTES..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        let available = space.get(from..).unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(available) {
-            *byte = *value;
-        }
+        read_space(&space, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {

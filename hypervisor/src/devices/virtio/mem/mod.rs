@@ -17,7 +17,7 @@ use vm_memory::Bytes;
 use vmshim_protocol::control::DeviceStatistics;
 
 use super::service::{Chain, Service};
-use super::{Activation, ActivationError, Interrupt, PLACEHOLDER, RING_EVENT_IDX, VirtioDevice};
+use super::{Activation, ActivationError, Interrupt, PLACEHOLDER, RING_EVENT_IDX, VirtioDevice, read_space};
 use crate::event_loop::Readiness;
 use crate::memory::{Growth, GuestRam};
 use request::{Answer, Request};
@@ -154,11 +154,7 @@ impl VirtioDevice for Mem {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or(&[]);
-        for (byte, value) in data.iter_mut().zip(rest) {
-            *byte = *value;
-        }
+        read_space(&self.config(), offset, data);
         if usize::try_from(offset) == Ok(REQUESTED) && self.asked.swap(false, Ordering::AcqRel) {
             self.taken_up.store(self.growth.plugged_bytes(), Ordering::Release);
             (self.changed)();

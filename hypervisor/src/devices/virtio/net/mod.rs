@@ -30,7 +30,7 @@ use vmshim_protocol::nic::slot_mac;
 use super::service::Service;
 use super::{
     Activation, ActivationError, Bucket, Interrupt, PLACEHOLDER, RING_EVENT_IDX, RING_INDIRECT_DESC,
-    Throttle, VirtioDevice,
+    Throttle, VirtioDevice, read_space,
 };
 use crate::clock;
 use crate::event_loop::{Interest, Readiness, Registrar};
@@ -282,12 +282,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or(&[]);
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(rest) {
-            *byte = *value;
-        }
+        read_space(&self.config(), offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivationError> {

@@ -44,7 +44,7 @@ use vmshim_protocol::vsock::GUEST_CID;
 pub use ends::{EndsError, StreamEnds};
 pub use streams::{ExpectError, StreamEvent, Streams};
 
-use super::{Activation, ActivationError, Interrupt, RING_EVENT_IDX, VirtioDevice};
+use super::{Activation, ActivationError, Interrupt, RING_EVENT_IDX, VirtioDevice, read_space};
 use crate::event_loop::{Interest, Readiness, Registrar};
 use crate::memory::GuestRam;
 use clients::Clients;
@@ -199,11 +199,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let config = u64::from(GUEST_CID).to_le_bytes();
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, byte) in data.iter_mut().enumerate() {
-            *byte = offset.checked_add(at).and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+        read_space(&u64::from(GUEST_CID).to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError> {
