@@ -1,13 +1,14 @@
 //! What users of containers see.
 
 use crate::Case;
+use crate::limits::{limits_can_change, memory_is_limited, processes_are_limited, statistics};
 use crate::pod::a_pods_own_namespaces_outlive_its_containers;
 use crate::shim::{Shim, process, read, read_until, script, soon, spec, write};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
+use vmshim_protocol::agent::ResizePtyRequest;
 use vmshim_protocol::agent::event::Event as Happened;
-use vmshim_protocol::agent::{ResizePtyRequest, UpdateContainerRequest};
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => {
@@ -55,10 +56,6 @@ cases![
     statistics,
 ];
 
-/// Cases that do nothing where cgroups have no controllers.
-pub const NEED_CONTROLLERS: &[&str] =
-    &["memory_is_limited", "processes_are_limited", "limits_can_change", "statistics"];
-
 fn code(error: &ttrpc::Error) -> (Code, String) {
     match error {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message.clone()),
@@ -66,7 +63,8 @@ fn code(error: &ttrpc::Error) -> (Code, String) {
     }
 }
 
-fn refused<T>(result: ttrpc::Result<T>) -> (Code, String) {
+/// The code and text of a refusal.
+pub fn refused<T>(result: ttrpc::Result<T>) -> (Code, String) {
     match result {
         Ok(_) => panic!("was not refused"),
         Err(error) => code(&error),
@@ -633,71 +631,5 @@ async fn start_hooks_run_inside(mut shim: Shim) {
     let _streams = shim.create("c", &failing, false).await.unwrap();
     assert!(refused(shim.start("c", "").await).1.starts_with("hooks.startContainer: /bin/false"));
     assert_eq!(shim.exit("c", "").await, 127);
-    shim.delete("c", "").await.unwrap();
-}
-
-async fn memory_is_limited(mut shim: Shim) {
-    if !shim.has_controllers() {
-        return println!("  skipped: no memory controller");
-    }
-    let mut limited = spec(&["dd", "if=/dev/zero", "of=/dev/shm/x", "bs=1M", "count=60"]);
-    limited["linux"]["resources"]["memory"] = json!({"limit": 32 << 20, "swap": 32 << 20});
-    let _streams = shim.create("c", &limited, false).await.unwrap();
-    shim.start("c", "").await.unwrap();
-    let first = shim.events.recv().await.unwrap();
-    assert!(matches!(&first, Happened::OutOfMemory(oom) if oom.container_id == "c"), "{first:?}");
-    assert_eq!(shim.exit("c", "").await, 137);
-    shim.delete("c", "").await.unwrap();
-}
-
-async fn processes_are_limited(mut shim: Shim) {
-    if !shim.has_controllers() {
-        return println!("  skipped: no pids controller");
-    }
-    let mut limited = script("for i in 1 2 3 4 5 6 7 8 9; do sleep 1 & done; echo survived");
-    limited["linux"]["resources"]["pids"] = json!({"limit": 5});
-    let (_, _, err) = shim.sh(&limited).await;
-    assert!(err.contains("fork"), "{err}");
-}
-
-async fn limits_can_change(mut shim: Shim) {
-    if !shim.has_controllers() {
-        return println!("  skipped: no controllers");
-    }
-    let _streams = shim.create("c", &spec(&["sleep", "100"]), false).await.unwrap();
-    shim.start("c", "").await.unwrap();
-    let update = |json: serde_json::Value| UpdateContainerRequest {
-        container_id: "c".into(),
-        resources: serde_json::to_vec(&json).unwrap(),
-        ..Default::default()
-    };
-    let new = json!({"memory": {"limit": 64 << 20}, "pids": {"limit": 9}, "cpu": {"quota": 20000, "period": 100000},
-        "devices": [{"allow": true, "access": "rwm"}]});
-    shim.agent.update_container(soon(), &update(new)).await.unwrap();
-    let file = |name: &str| std::fs::read_to_string(shim.cgroups.join("c").join(name)).unwrap();
-    assert_eq!(file("memory.max"), "67108864\n");
-    assert_eq!(file("pids.max"), "9\n");
-    assert_eq!(file("cpu.max"), "20000 100000\n");
-    let bad = update(json!({"memory": {"limit": "x"}}));
-    assert_eq!(refused(shim.agent.update_container(soon(), &bad).await).0, Code::INVALID_ARGUMENT);
-    shim.signal("c", "", 9, false).await.unwrap();
-    shim.exit("c", "").await;
-    shim.delete("c", "").await.unwrap();
-}
-
-async fn statistics(mut shim: Shim) {
-    use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-    use protobuf::Message;
-    let _streams = shim.create("c", &spec(&["sleep", "100"]), false).await.unwrap();
-    shim.start("c", "").await.unwrap();
-    let answer = shim.agent.stats(soon(), &shim.container("c")).await.unwrap();
-    let metrics = Metrics::parse_from_bytes(&answer.metrics).unwrap();
-    if shim.has_controllers() {
-        assert_eq!(metrics.pids.current, 1);
-        assert!(metrics.memory.usage > 0 && metrics.memory.usage_limit == u64::MAX);
-        assert!(metrics.cpu.usage_usec > 0);
-    }
-    shim.signal("c", "", 9, false).await.unwrap();
-    shim.exit("c", "").await;
     shim.delete("c", "").await.unwrap();
 }

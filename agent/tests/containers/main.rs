@@ -12,6 +12,7 @@
 )]
 
 mod cases;
+mod limits;
 mod pod;
 mod shim;
 
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
     let ignored = arguments.iter().any(|argument| argument == "--ignored");
     let wanted = |name: &str| {
         (filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
-            && (!ignored || cases::NEED_CONTROLLERS.contains(&name))
+            && (!ignored || limits::NEED_CONTROLLERS.contains(&name))
     };
     if arguments.iter().any(|argument| argument == "--list") {
         cases::ALL.iter().filter(|(name, _)| wanted(name)).for_each(|(name, _)| println!("{name}: test"));
